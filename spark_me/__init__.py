@@ -1,0 +1,48 @@
+"""spark_me: SparK pretraining of convnets on true sparse convolution.
+
+Importing this package imports neither MinkowskiEngine nor the trainer.
+"""
+
+from typing import TYPE_CHECKING
+
+from spark_me.encoders import list_encoders
+from spark_me.errors import EngineError, UserError
+
+if TYPE_CHECKING:
+    from spark_me.spark import SparK
+
+__version__ = "0.1.0"
+__all__ = ["EngineError", "UserError", "build_model", "list_encoders"]
+
+
+def build_model(
+    encoder: str,
+    *,
+    image_size: tuple[int, int] = (224, 224),
+    in_channels: int = 3,
+    mask_ratio: float = 0.6,
+    decoder_width: int = 512,
+    drop_path: float | None = None,
+    backend: str = "minkowski",
+) -> "SparK":
+    """Build a SparK model with random weights.
+
+    Args:
+        encoder: one of `list_encoders()`.
+        image_size: (H, W) in pixels, multiples of the encoder's total stride.
+        in_channels: C of the images.
+        mask_ratio: share of patches to hide, in (0, 1).
+        decoder_width: channels of the decoder at its deepest scale.
+        drop_path: stochastic depth; the encoder's published default when None.
+        backend: how sparse layers compute.
+
+    Raises:
+        UserError: for an unknown encoder, a size or ratio that does not fit.
+        EngineError: if MinkowskiEngine is missing.
+    """
+    from spark_me.encoders import build_encoder
+    from spark_me.spark import SparK
+
+    return SparK(
+        build_encoder(encoder, in_channels, drop_path), image_size, in_channels, mask_ratio, decoder_width, backend
+    )
