@@ -1,0 +1,50 @@
+"""From dense maps to sparse tensors and back, by the pyramid's sites and never by pixel values."""
+
+from torch import Tensor
+
+from spark_me.sparse.minkowski import ME
+from spark_me.sparse.pyramid import Pyramid
+
+SparseTensor = ME.SparseTensor
+
+
+def stride_of(x: SparseTensor) -> int:
+    """The tensor stride s of a sparse tensor (equal down and across)."""
+    return x.coordinate_map_key.get_tensor_stride()[0]
+
+
+def with_features(x: SparseTensor, features: Tensor) -> SparseTensor:
+    """The sites of `x` with other features [N, C]."""
+    return SparseTensor(features, coordinate_map_key=x.coordinate_map_key, coordinate_manager=x.coordinate_manager)
+
+
+def to_sparse(dense: Tensor, pyramid: Pyramid, stride: int = 1) -> SparseTensor:
+    """Gather the visible sites of a dense map: [B, C, H/s, W/s] → features [N, C] in canonical order.
+
+    Raises:
+        ValueError: if the map's shape is not the pyramid's at this stride.
+    """
+    images, height, width = pyramid.extent(stride)
+    if dense.dim() != 4 or (dense.shape[0], *dense.shape[2:]) != (images, height, width):
+        raise ValueError(f"expected [{images}, C, {height}, {width}] at stride {stride}, not {list(dense.shape)}")
+    rows = dense.permute(0, 2, 3, 1).reshape(-1, dense.shape[1])
+    features = rows.index_select(0, pyramid.raster_index(stride))
+    return SparseTensor(features, coordinate_map_key=pyramid.key(stride), coordinate_manager=pyramid)
+
+
+def to_dense(x: SparseTensor, fill: Tensor | None = None) -> Tensor:
+    """Lay the sites of `x` into a dense map: features [N, C] → [B, C, H/s, W/s], channels last in memory.
+
+    The shape is the pyramid's, so hidden patches at the border keep their place.
+
+    Args:
+        x: a sparse tensor on a `Pyramid`.
+        fill: [C], the value at every empty site; zero when None.
+    """
+    pyramid, stride = x.coordinate_manager, stride_of(x)
+    images, height, width = pyramid.extent(stride)
+    channels = x.F.shape[1]
+    background = x.F.new_zeros(channels) if fill is None else fill.to(x.F.dtype)
+    rows = background.expand(images * height * width, channels)
+    rows = rows.index_copy(0, pyramid.raster_index(stride), x.F)
+    return rows.view(images, height, width, channels).permute(0, 3, 1, 2)
