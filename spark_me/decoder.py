@@ -1,0 +1,84 @@
+"""The dense hierarchical decoder (paper, section 3.3)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from spark_me.errors import UserError
+
+
+class DecoderBlock(nn.Module):
+    """Twice the resolution, half the width: transposed conv 4×4 s2, then two 3×3 convs with norm, ReLU6 between."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.activation = nn.ReLU6(inplace=True)
+        self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Cin, h, w] → [B, Cout, 2h, 2w]."""
+        x = self.activation(self.norm1(self.conv1(self.upsample(x))))
+        return self.norm2(self.conv2(x))
+
+
+class Decoder(nn.Module):
+    """From densified features to pixels: one block per factor of two, scale i's map is added before block i.
+
+    Attributes:
+        widths: channels that the maps need, deep to shallow; one more than there are blocks.
+    """
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        """
+        Args:
+            width: channels at the deepest scale; it halves at each block.
+            patch_size: P; log2(P) blocks bring the grid back to pixels.
+            out_channels: channels of the images.
+
+        Raises:
+            UserError: if the width cannot be halved that often.
+        """
+        super().__init__()
+        depth = patch_size.bit_length() - 1
+        if width <= 0 or width % 2**depth:
+            raise UserError(f"model.decoder_width={width} must be a multiple of {2**depth}: it halves {depth} times")
+        self.widths = [width // 2**level for level in range(depth + 1)]
+        self.blocks = nn.ModuleList(DecoderBlock(*pair) for pair in zip(self.widths, self.widths[1:]))
+        self.projection = nn.Conv2d(self.widths[-1], out_channels, 1)
+        self._initialise()
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Densified maps, deep to shallow, [B, widths[i], fh·2^i, fw·2^i] → normalised pixels [B, C, H, W]."""
+        x = maps[0]
+        for level, block in enumerate(self.blocks):
+            if 0 < level < len(maps):
+                x = x + maps[level]
+            x = block(x)
+        return self.projection(x)
+
+    def _initialise(self) -> None:
+        """Truncated normal (std 0.02) for weights, zero for biases, as in the published implementation."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+
+def patch_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Squared error, mean over each patch, then mean over the hidden patches only (paper, section 3.3).
+
+    Args:
+        prediction, target: [B, patches, P·P·C]; the target is normalised per patch.
+        hidden: bool [B, patches], True where the patch was hidden from the encoder.
+
+    Returns:
+        A scalar; predicting zero scores about 1.0.
+    """
+    error = (prediction - target).square().mean(dim=2)
+    return torch.where(hidden, error, 0).sum() / hidden.sum()

@@ -1,0 +1,102 @@
+"""SparK, the method on one screen: mask → encode → densify → decode → loss (arXiv 2301.03580)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spark_me import masking, sparse
+from spark_me.decoder import Decoder, patch_loss
+from spark_me.densify import Densify
+from spark_me.sparse import Pyramid, SparseTensor
+
+
+class Reconstruction(NamedTuple):
+    """What `SparK.reconstruct` returns."""
+
+    prediction: Tensor
+    """[B, C, H, W], in the units of the images given; at visible patches too."""
+    visible: Tensor
+    """bool [B, fh, fw], True = kept."""
+    loss: Tensor
+    """Scalar, as `SparK.forward` returns it."""
+
+
+class SparK(nn.Module):
+    """Masked pretraining of a sparse convnet.
+
+    Attributes:
+        patch_size: P, the encoder's total stride.
+        grid: (fh, fw) of the images that it was built for; other multiples of P work too.
+        mask_ratio: share of patches that `forward` hides when it draws the mask itself.
+        backend: how sparse layers compute; may be changed at any time, the parameters are the same.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        image_size: tuple[int, int] = (224, 224),
+        in_channels: int = 3,
+        mask_ratio: float = 0.6,
+        decoder_width: int = 512,
+        backend: str = "minkowski",
+    ) -> None:
+        super().__init__()
+        self.patch_size = encoder.total_stride
+        self.grid = masking.grid_of(image_size, self.patch_size)
+        self.mask_ratio = mask_ratio
+        self.backend = backend
+        masking.count_visible(self.grid, mask_ratio)  # refuse a ratio that leaves or hides no patch now, not later
+        self.encoder = encoder
+        self.decoder = Decoder(decoder_width, self.patch_size, in_channels)
+        deep_to_shallow = zip(encoder.channels[::-1], self.decoder.widths)
+        self.densify = nn.ModuleList(
+            Densify(channels, width, kernel_size=3 if level else 1)
+            for level, (channels, width) in enumerate(deep_to_shallow)
+        )
+
+    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The pretraining loss of images [B, C, H, W]; `visible`, bool [B, fh, fw], is drawn when None."""
+        visible = self._visible_or_drawn(images, visible)
+        prediction = masking.patchify(self.predict(images, visible), self.patch_size)
+        target, _, _ = self._target(images)
+        return patch_loss(prediction, target, ~visible.flatten(1))
+
+    def predict(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Normalised pixels [B, C, H, W], computed from the visible patches alone."""
+        features = self._encode(images, visible)
+        maps = [densify(x) for densify, x in zip(self.densify, reversed(features))]
+        return self.decoder(maps)
+
+    def encode(self, images: Tensor, visible: Tensor | None = None) -> list[Tensor]:
+        """Dense feature maps [B, C_i, H/s_i, W/s_i], shallow to deep, zero at empty sites; all visible when None."""
+        if visible is None:
+            grid = masking.grid_of(images.shape[-2:], self.patch_size)
+            visible = torch.ones(images.shape[0], *grid, dtype=torch.bool, device=images.device)
+        return [sparse.to_dense(x) for x in self._encode(images, visible)]
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, visible: Tensor | None = None) -> Reconstruction:
+        """Predict images [B, C, H, W] in their own units, each patch scaled back by its true mean and deviation."""
+        visible = self._visible_or_drawn(images, visible)
+        normalised = masking.patchify(self.predict(images, visible), self.patch_size)
+        target, mean, deviation = self._target(images)
+        prediction = masking.unpatchify(normalised * deviation + mean, visible.shape[1:], self.patch_size)
+        return Reconstruction(prediction, visible, patch_loss(normalised, target, ~visible.flatten(1)))
+
+    def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:
+        pyramid = Pyramid(visible, self.patch_size, self.backend)
+        return self.encoder(sparse.to_sparse(images, pyramid))
+
+    def _target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Patches normalised by their own mean and unbiased variance, and that mean and deviation."""
+        patches = masking.patchify(images, self.patch_size)
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
+        deviation = (variance + 1e-6).sqrt()
+        return (patches - mean) / deviation, mean, deviation
+
+    def _visible_or_drawn(self, images: Tensor, visible: Tensor | None) -> Tensor:
+        if visible is not None:
+            return visible
+        grid = masking.grid_of(images.shape[-2:], self.patch_size)
+        return masking.draw_visible(images.shape[0], grid, self.mask_ratio, device=images.device)

@@ -1,0 +1,64 @@
+"""What several test modules need: masks that cover the exactness contract, random norms, relative errors."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+
+
+def contract_masks() -> Tensor:
+    """bool [6, 3, 4]: H ≠ W; all visible, one patch, a corner, a border, isolated patches, a random subset."""
+    masks = torch.zeros(6, 3, 4, dtype=torch.bool)
+    masks[0] = True
+    masks[1, 1, 2] = True
+    masks[2, 2, 3] = True
+    masks[3, :, 0] = True
+    masks[4, 0, 0] = masks[4, 0, 2] = masks[4, 2, 1] = masks[4, 2, 3] = True
+    masks[5] = torch.rand(3, 4, generator=torch.Generator().manual_seed(3)) < 0.5
+    return masks
+
+
+@pytest.fixture
+def visible() -> Tensor:
+    return contract_masks()
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights, biases and norm statistics: defaults of one and zero would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        with torch.no_grad():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("kernel"):
+                fan_in = parameter.shape[-2] * (parameter.shape[0] if parameter.dim() == 3 else 1)
+                parameter.copy_(noise * (2 / fan_in) ** 0.5)
+            elif parameter.dim() > 1:
+                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
+            else:
+                parameter.copy_(noise * 0.2 + (1 if name.endswith("weight") else 0))
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("running_var"):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return module
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest expected value."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12)).item()
+
+
+@pytest.fixture
+def assert_close() -> Callable[[Tensor, Tensor], None]:
+    """Agreement within the exactness contract's tolerance for the dtype."""
+
+    def check(actual: Tensor, expected: Tensor, what: str = "") -> None:
+        error = relative_error(actual, expected)
+        assert error < TOLERANCE[expected.dtype], f"{what}: relative error {error:.2e}"
+
+    return check

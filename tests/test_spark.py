@@ -1,0 +1,187 @@
+"""The exactness contract (DESIGN §6): the sparse model equals the masked-dense simulation of the same weights."""
+
+import pytest
+import torch
+from conftest import randomise
+
+import spark_me
+from spark_me.masked_dense import MaskedDenseSparK
+from spark_me.weights.kernels import to_dense_state
+
+
+def gradients(module):
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def buffers(module):
+    return {name: b for name, b in module.named_buffers() if not name.endswith("num_batches_tracked")}
+
+
+def twins(name, dtype, drop_path=0.0, in_channels=3):
+    model = spark_me.build_model(
+        name, image_size=(96, 128), decoder_width=32, drop_path=drop_path, in_channels=in_channels
+    )
+    model = randomise(model).to(dtype)
+    oracle = MaskedDenseSparK(name, in_channels=in_channels, decoder_width=32, drop_path=drop_path).to(dtype)
+    oracle.load_sparse(model.state_dict())
+    return model, oracle
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_loss_gradients_and_statistics_equal_the_simulation(name, visible, assert_close):
+    model, oracle = twins(name, torch.float64, drop_path=0.3)
+    images = torch.randn(len(visible), 3, 96, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    torch.manual_seed(7)  # stochastic depth draws in the same order
+    loss = model(ours, visible)
+    torch.manual_seed(7)
+    expected = oracle(theirs, visible)
+    assert_close(loss, expected, "loss")
+    loss.backward()
+    expected.backward()
+    assert_close(ours.grad, theirs.grad, "gradient of the images")
+    converted = to_dense_state(gradients(model), oracle)
+    for key, gradient in gradients(oracle).items():
+        assert_close(converted[key], gradient, f"gradient of {key}")
+    for key, statistic in buffers(oracle).items():
+        assert_close(dict(model.named_buffers())[key], statistic, key)
+
+
+def test_loss_float32(visible, assert_close):
+    model, oracle = twins("resnet18", torch.float32)
+    images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    assert_close(model(images, visible), oracle(images, visible))
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_other_channel_counts(in_channels, visible, assert_close):
+    model, oracle = twins("resnet18", torch.float64, in_channels=in_channels)
+    images = torch.randn(len(visible), in_channels, 96, 128, dtype=torch.float64)
+    assert_close(model(images, visible), oracle(images, visible))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_four_feature_scales_equal_the_simulation(training, visible, assert_close):
+    model, oracle = twins("resnet50", torch.float64)
+    model.train(training), oracle.train(training)
+    images = torch.randn(len(visible), 3, 96, 128, dtype=torch.float64)
+    for ours, theirs in zip(model.encode(images, visible), oracle.encoder(images, visible), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_encode_without_mask_is_the_plain_torchvision_network(assert_close):
+    torchvision = pytest.importorskip("torchvision")
+    model, _ = twins("resnet18", torch.float64)
+    network = torchvision.models.resnet18(weights=None).double()
+    state = {k.removeprefix("encoder."): v for k, v in model.state_dict().items() if k.startswith("encoder.")}
+    missing = network.load_state_dict(to_dense_state(state, network), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    model.eval(), network.eval()
+    x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    for ours, layer in zip(model.encode(images), ("layer1", "layer2", "layer3", "layer4"), strict=True):
+        x = getattr(network, layer)(x)
+        assert_close(ours, x, layer)
+
+
+@pytest.mark.parametrize("width, parameters", [(512, 37_970_611), (768, 52_921_835)])
+def test_published_parameter_counts(width, parameters):
+    model = spark_me.build_model("resnet50", decoder_width=width)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.numel() for p in model.encoder.parameters()) == 23_508_032
+
+
+def test_hidden_pixels_never_reach_the_prediction(visible):
+    model, _ = twins("resnet18", torch.float32)
+    images = torch.randn(len(visible), 3, 96, 128)
+    hidden = ~visible.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
+    disturbed = torch.where(hidden, torch.full_like(images, 1e6), images)
+    assert torch.equal(model.predict(images, visible), model.predict(disturbed, visible))
+
+
+def test_black_visible_pixels_are_sites():
+    model, oracle = twins("resnet18", torch.float64)
+    images = torch.zeros(2, 3, 96, 128, dtype=torch.float64)
+    visible = torch.ones(2, 3, 4, dtype=torch.bool)
+    visible[:, 0] = False
+    assert torch.allclose(model(images, visible), oracle(images, visible), rtol=1e-9)
+
+
+def test_predicting_nothing_scores_one():
+    model, _ = twins("resnet18", torch.float32)
+    torch.nn.init.zeros_(model.decoder.projection.weight)
+    torch.nn.init.zeros_(model.decoder.projection.bias)
+    assert model(torch.randn(4, 3, 96, 128)).item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_draws_a_mask_of_the_configured_ratio():
+    model, _ = twins("resnet18", torch.float32)
+    out = model.reconstruct(torch.randn(2, 3, 96, 128))
+    assert out.visible.flatten(1).sum(1).tolist() == [5, 5]  # round(12 · 0.4)
+    torch.manual_seed(0)
+    first = model(torch.ones(2, 3, 96, 128).normal_(generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(1)
+    second = model(torch.ones(2, 3, 96, 128).normal_(generator=torch.Generator().manual_seed(0)))
+    assert first != second
+
+
+def test_reconstruction_is_in_image_units(visible):
+    """A decoder that outputs the normalised target itself must give the image back."""
+    model, _ = twins("resnet18", torch.float64)
+    images = torch.rand(len(visible), 3, 96, 128, dtype=torch.float64) * 200 + 20
+    mean = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 32)
+    centred = images - mean.repeat_interleave(32, 2).repeat_interleave(32, 3)
+    variance = torch.nn.functional.avg_pool2d(centred.square().mean(1, keepdim=True), 32) * (3072 / 3071)
+    deviation = (variance + 1e-6).sqrt().repeat_interleave(32, 2).repeat_interleave(32, 3)
+    model.predict = lambda *_: centred / deviation
+    out = model.reconstruct(images, visible)
+    assert torch.allclose(out.prediction, images, rtol=1e-9)
+    assert out.loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_two_runs_with_one_seed_are_bitwise_equal():
+    def run():
+        torch.manual_seed(0)
+        model = spark_me.build_model("resnet18", image_size=(64, 96), decoder_width=32, drop_path=0.2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 64, 96)).backward()
+            optimizer.step()
+        return model.state_dict()
+
+    first, second = run(), run()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_bf16_autocast_is_close_to_float64(visible):
+    model, oracle = twins("resnet18", torch.float32)
+    images = torch.randn(len(visible), 3, 96, 128)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(images, visible)
+    expected = oracle.double()(images.double(), visible)
+    assert abs(loss.item() / expected.item() - 1) < 1e-2
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [(100, 96), (96, 0)])
+def test_sizes_that_do_not_fit_are_refused(size):
+    with pytest.raises(spark_me.UserError, match="multiple of the encoder's patch size 32"):
+        spark_me.build_model("resnet18", image_size=size)
+
+
+@pytest.mark.parametrize("ratio, problem", [(0.01, "hides no patch"), (0.99, "leaves no patch visible")])
+def test_masks_that_hide_all_or_nothing_are_refused(ratio, problem):
+    with pytest.raises(spark_me.UserError, match=problem):
+        spark_me.build_model("resnet18", image_size=(96, 96), mask_ratio=ratio)
+
+
+def test_unknown_encoder_names_the_nearest():
+    with pytest.raises(spark_me.UserError, match="did you mean resnet50"):
+        spark_me.build_model("resnet5")
+
+
+def test_decoder_width_that_cannot_be_halved_is_refused():
+    with pytest.raises(spark_me.UserError, match="multiple of 32"):
+        spark_me.build_model("resnet18", decoder_width=100)

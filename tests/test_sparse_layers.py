@@ -1,0 +1,151 @@
+"""Each sparse layer against dense torch on masked maps, or a loop over sites (DESIGN §6)."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import contract_masks
+from torch.nn import functional
+
+from spark_me import sparse
+from spark_me.weights.kernels import kernel_to_weight
+
+PATCH = 8
+DTYPES = [torch.float64, torch.float32]
+
+
+def dense_input(dtype, channels=5, stride=1):
+    visible = contract_masks()
+    side = PATCH // stride
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(len(visible), channels, 3 * side, 4 * side, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def mask_at(visible, height):
+    side = height // visible.shape[1]
+    return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+
+
+def pyramid():
+    return sparse.Pyramid(contract_masks(), PATCH)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "kernel_size, stride", [(1, 1), (3, 1), (5, 1), (7, 1), (1, 2), (2, 2), (3, 2), (7, 2), (4, 4)]
+)
+def test_convolution(kernel_size, stride, bias, dtype, assert_close):
+    layer = sparse.Conv2d(5, 7, kernel_size, stride, bias=bias).to(dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    ours, theirs = (dense_input(dtype).requires_grad_() for _ in range(2))
+    weight = kernel_to_weight(layer.kernel.detach(), kernel_size).requires_grad_()
+    constant = layer.bias.detach().flatten().requires_grad_() if bias else None
+
+    actual = sparse.to_dense(layer(sparse.to_sparse(ours, pyramid())))
+    visible = contract_masks()
+    padding = kernel_size // 2 if kernel_size % 2 else 0
+    expected = functional.conv2d(theirs * mask_at(visible, theirs.shape[2]), weight, constant, stride, padding)
+    expected = expected * mask_at(visible, expected.shape[2])
+    assert_close(actual, expected, "output")
+
+    upstream = torch.randn(expected.shape, dtype=dtype)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    assert_close(ours.grad, theirs.grad, "input gradient")
+    assert_close(kernel_to_weight(layer.kernel.grad, kernel_size), weight.grad, "kernel gradient")
+    if bias:
+        assert_close(layer.bias.grad.flatten(), constant.grad, "bias gradient")
+
+
+def windows(x, kernel_size, stride):
+    """For every output site of every image: (output place, the visible input sites under the kernel)."""
+    visible = mask_at(contract_masks(), x.shape[2])[:, 0]
+    before = kernel_size // 2 if kernel_size % 2 else 0
+    for image, y, x_ in itertools.product(range(len(x)), range(0, x.shape[2], stride), range(0, x.shape[3], stride)):
+        if not visible[image, y, x_]:
+            continue
+        rows = range(max(0, y - before), min(x.shape[2], y - before + kernel_size))
+        columns = range(max(0, x_ - before), min(x.shape[3], x_ - before + kernel_size))
+        yield (
+            (image, y // stride, x_ // stride),
+            [(image, row, column) for row in rows for column in columns if visible[image, row, column]],
+        )
+
+
+@pytest.mark.parametrize("layer_class, reduce", [(sparse.MaxPool2d, torch.amax), (sparse.AvgPool2d, torch.mean)])
+@pytest.mark.parametrize("kernel_size, stride", [(3, 2), (2, 2)])
+def test_pooling_ignores_empty_sites(layer_class, reduce, kernel_size, stride, assert_close):
+    ours, theirs = (dense_input(torch.float64, channels=2).requires_grad_() for _ in range(2))
+    actual = sparse.to_dense(layer_class(kernel_size, stride)(sparse.to_sparse(ours, pyramid())))
+    expected = torch.zeros_like(actual)
+    for (image, y, x), sites in windows(theirs, kernel_size, stride):
+        values = torch.stack([theirs[i, :, row, column] for i, row, column in sites])
+        expected[image, :, y, x] = reduce(values, dim=0)
+    assert_close(actual, expected, "output")
+    upstream = torch.randn_like(expected)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    assert_close(ours.grad, theirs.grad, "input gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_sees_visible_sites_only(training, dtype, assert_close):
+    ours, theirs = (dense_input(dtype).requires_grad_() for _ in range(2))
+    layer = sparse.BatchNorm(5).to(dtype).train(training)
+    for tensor in (layer.weight, layer.bias, layer.running_mean):
+        torch.nn.init.normal_(tensor)
+    torch.nn.init.uniform_(layer.running_var, 0.5, 2)
+    mean, variance = layer.running_mean.clone(), layer.running_var.clone()
+    actual = sparse.to_dense(layer(sparse.to_sparse(ours, pyramid())))
+
+    mask = mask_at(contract_masks(), theirs.shape[2])[:, 0]
+    rows = theirs.permute(0, 2, 3, 1)[mask]
+    batch_mean, batch_variance = rows.mean(0), (rows - rows.mean(0)).square().mean(0)
+    used_mean, used_variance = (batch_mean, batch_variance) if training else (mean, variance)
+    normalised = (theirs - used_mean[:, None, None]) / (used_variance[:, None, None] + layer.eps).sqrt()
+    expected = normalised * layer.weight.detach()[:, None, None] + layer.bias.detach()[:, None, None]
+    expected = expected * mask[:, None]
+    assert_close(actual, expected, "output")
+    if training:
+        unbiased = batch_variance * len(rows) / (len(rows) - 1)
+        assert_close(layer.running_mean, mean * 0.9 + batch_mean * 0.1, "running mean")
+        assert_close(layer.running_var, variance * 0.9 + unbiased * 0.1, "running variance")
+    upstream = torch.randn(expected.shape, dtype=dtype)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    assert_close(ours.grad, theirs.grad, "input gradient")
+
+
+def test_relu_and_add(assert_close):
+    x, y = dense_input(torch.float64), dense_input(torch.float64).flip(1)
+    one = pyramid()
+    total = sparse.add(sparse.ReLU()(sparse.to_sparse(x, one)), sparse.to_sparse(y, one))
+    mask = mask_at(contract_masks(), x.shape[2])
+    assert_close(sparse.to_dense(total), (x.clamp(min=0) + y) * mask)
+
+
+def test_add_refuses_other_sites():
+    x = dense_input(torch.float64)
+    with pytest.raises(ValueError, match="different sites"):
+        sparse.add(sparse.to_sparse(x, pyramid()), sparse.to_sparse(x, pyramid()))
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_expectation():
+    x = sparse.to_sparse(torch.ones(6, 1, 24, 32, dtype=torch.float64), pyramid())
+    layer = sparse.DropPath(0.4)
+    mask = mask_at(contract_masks(), 24)
+    torch.manual_seed(0)
+    outcomes = []
+    for _ in range(300):
+        dense = sparse.to_dense(layer(x))
+        of_image = dense.flatten(1).amax(1)  # one factor per image, the same at all its sites
+        assert torch.equal(dense, mask * of_image.view(-1, 1, 1, 1))
+        outcomes.append(of_image)
+    outcomes = torch.stack(outcomes)
+    assert set(outcomes.unique().tolist()) == {0.0, 1 / 0.6}
+    assert (outcomes.mean(0) - 1).abs().max() < 0.25  # images are dropped independently, five deviations
+    assert not torch.equal(outcomes[:, 0], outcomes[:, 1])
+    assert layer.eval()(x) is x

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from conftest import contract_masks
+
+from spark_me import sparse
+
+
+def canonical_sites(visible, patch_size, stride):
+    """Image, then patch row-major, then position within the patch row-major: a plain loop."""
+    sites = []
+    for image, mask in enumerate(visible.tolist()):
+        for row, flags in enumerate(mask):
+            for column, flag in enumerate(flags):
+                if flag:
+                    corner_y, corner_x = row * patch_size, column * patch_size
+                    for y in range(corner_y, corner_y + patch_size, stride):
+                        sites += [[image, y, x] for x in range(corner_x, corner_x + patch_size, stride)]
+    return sites
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_engine_keeps_the_canonical_order(visible, stride):
+    pyramid = sparse.Pyramid(visible, 8)
+    expected = canonical_sites(visible, 8, stride)
+    assert pyramid.get_coordinates(pyramid.key(stride)).tolist() == expected
+    assert pyramid.coordinates(stride).tolist() == expected
+    assert pyramid.image_index(stride).tolist() == [site[0] for site in expected]
+
+
+def test_strided_layers_reuse_the_inserted_sites(visible):
+    pyramid = sparse.Pyramid(visible, 8)
+    x = sparse.to_sparse(torch.randn(6, 2, 24, 32), pyramid)
+    for layer, stride in [(sparse.Conv2d(2, 2, 3, 2), 2), (sparse.MaxPool2d(3, 2), 4), (sparse.Conv2d(2, 2, 1, 2), 8)]:
+        x = layer(x)
+        assert x.coordinate_map_key == pyramid.key(stride)
+        assert x.C.tolist() == canonical_sites(visible, 8, stride)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_dense_to_sparse_and_back(visible, stride):
+    pyramid = sparse.Pyramid(visible, 8)
+    side = 8 // stride
+    dense = torch.randn(6, 3, 3 * side, 4 * side)
+    x = sparse.to_sparse(dense, pyramid, stride)
+    for row, (image, y, column) in enumerate(canonical_sites(visible, 8, stride)):
+        assert torch.equal(x.F[row], dense[image, :, y // stride, column // stride])
+    mask = visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+    assert torch.equal(sparse.to_dense(x), dense * mask)
+    fill = torch.tensor([1.0, 2.0, 3.0])
+    assert torch.equal(sparse.to_dense(x, fill), torch.where(mask, dense, fill[:, None, None]))
+
+
+def test_fill_receives_the_gradient_of_empty_sites_only(visible):
+    fill = torch.zeros(3, requires_grad=True)
+    x = sparse.to_sparse(torch.randn(6, 3, 24, 32), sparse.Pyramid(visible, 8))
+    sparse.to_dense(x, fill).sum().backward()
+    hidden_sites = (~visible).sum().item() * 64
+    assert fill.grad.tolist() == [hidden_sites] * 3
+
+
+def test_hidden_last_patch_keeps_its_place():
+    visible = torch.ones(1, 2, 2, dtype=torch.bool)
+    visible[0, 1, 1] = False
+    x = sparse.to_sparse(torch.ones(1, 1, 16, 16), sparse.Pyramid(visible, 8))
+    assert sparse.to_dense(x).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "visible, problem",
+    [
+        (torch.ones(1, 2, 2), "must be bool"),
+        (torch.ones(2, 2, dtype=torch.bool), "must be bool"),
+        (torch.zeros(1, 2, 2, dtype=torch.bool), "at least one visible patch"),
+    ],
+)
+def test_bad_masks_are_refused(visible, problem):
+    with pytest.raises(ValueError, match=problem):
+        sparse.Pyramid(visible, 8)
+
+
+def test_maps_of_another_shape_are_refused(visible):
+    with pytest.raises(ValueError, match=r"expected .6, C, 24, 32. at stride 1"):
+        sparse.to_sparse(torch.randn(6, 3, 32, 24), sparse.Pyramid(visible, 8))
+
+
+def test_with_features_keeps_the_sites(visible):
+    x = sparse.to_sparse(torch.randn(6, 3, 24, 32), sparse.Pyramid(visible, 8))
+    y = sparse.with_features(x, x.F[:, :1])
+    assert y.coordinate_map_key == x.coordinate_map_key and y.F.shape[1] == 1
+
+
+def test_unknown_backend_names_the_known_ones(visible):
+    with pytest.raises(ValueError, match="choose one of minkowski"):
+        sparse.Pyramid(visible, 8, backend="magic")
+
+
+def test_contract_masks_are_what_they_claim():
+    masks = contract_masks().flatten(1).sum(1)
+    assert masks[0] == 12 and masks[1] == masks[2] == 1

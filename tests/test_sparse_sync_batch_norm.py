@@ -1,0 +1,63 @@
+"""Two processes with different numbers of sites must normalise as one process with all of them."""
+
+import torch
+from conftest import randomise
+from torch import distributed, multiprocessing, nn
+
+from spark_me import sparse
+
+MASKS = torch.tensor([[[True, True], [True, False]], [[False, True], [False, False]]])
+
+
+class Model(nn.Module):
+    """A sparse and a dense norm, as in SparK."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = sparse.Conv2d(2, 3, 3)
+        self.norm = sparse.BatchNorm(3)
+        self.dense_norm = nn.BatchNorm2d(3)
+
+    def forward(self, images, visible):
+        x = self.norm(self.conv(sparse.to_sparse(images, sparse.Pyramid(visible, 4))))
+        return self.dense_norm(sparse.to_dense(x)).square().mul(images[:, :1]).sum()
+
+
+def build():
+    return randomise(Model()).double()
+
+
+def images():
+    return torch.randn(2, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+
+def worker(rank, store, results):
+    distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
+    model = sparse.convert_sync_batchnorm(build())
+    model(images()[rank : rank + 1], MASKS[rank : rank + 1]).backward()
+    gradients = []
+    for parameter in model.parameters():
+        distributed.all_reduce(parameter.grad)
+        gradients.append(parameter.grad)
+    if rank == 0:
+        torch.save((gradients, list(model.buffers())), results)
+    distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path, assert_close):
+    multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "results")), nprocs=2)
+    gradients, buffers = torch.load(tmp_path / "results")
+    model = build()
+    model(images(), MASKS).backward()
+    for actual, parameter in zip(gradients, model.parameters(), strict=True):
+        assert_close(actual, parameter.grad)
+    for actual, expected in zip(buffers, model.buffers(), strict=True):
+        assert_close(actual.double(), expected.double())
+
+
+def test_conversion_keeps_parameters_statistics_and_mode():
+    model = build().eval()
+    converted = sparse.convert_sync_batchnorm(model)
+    assert type(converted.norm) is sparse.SyncBatchNorm and not converted.norm.training
+    assert converted.state_dict().keys() == build().state_dict().keys()
+    torch.testing.assert_close(converted(images(), MASKS), build().eval()(images(), MASKS))
