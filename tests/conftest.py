@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spark_me.sparse import BACKENDS
+
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
@@ -19,6 +21,11 @@ def contract_masks() -> Tensor:
     masks[4, 0, 0] = masks[4, 0, 2] = masks[4, 2, 1] = masks[4, 2, 3] = True
     masks[5] = torch.rand(3, 4, generator=torch.Generator().manual_seed(3)) < 0.5
     return masks
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @pytest.fixture

@@ -17,9 +17,14 @@ def buffers(module):
     return {name: b for name, b in module.named_buffers() if not name.endswith("num_batches_tracked")}
 
 
-def twins(name, dtype, drop_path=0.0, in_channels=3):
+def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
     model = spark_me.build_model(
-        name, image_size=(96, 128), decoder_width=32, drop_path=drop_path, in_channels=in_channels
+        name,
+        image_size=(96, 128),
+        decoder_width=32,
+        drop_path=drop_path,
+        in_channels=in_channels,
+        backend=backend,
     )
     model = randomise(model).to(dtype)
     oracle = MaskedDenseSparK(name, in_channels=in_channels, decoder_width=32, drop_path=drop_path).to(dtype)
@@ -28,8 +33,8 @@ def twins(name, dtype, drop_path=0.0, in_channels=3):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
-def test_loss_gradients_and_statistics_equal_the_simulation(name, visible, assert_close):
-    model, oracle = twins(name, torch.float64, drop_path=0.3)
+def test_loss_gradients_and_statistics_equal_the_simulation(name, backend, visible, assert_close):
+    model, oracle = twins(name, torch.float64, drop_path=0.3, backend=backend)
     images = torch.randn(len(visible), 3, 96, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
     torch.manual_seed(7)  # stochastic depth draws in the same order
@@ -47,8 +52,8 @@ def test_loss_gradients_and_statistics_equal_the_simulation(name, visible, asser
         assert_close(dict(model.named_buffers())[key], statistic, key)
 
 
-def test_loss_float32(visible, assert_close):
-    model, oracle = twins("resnet18", torch.float32)
+def test_loss_float32(backend, visible, assert_close):
+    model, oracle = twins("resnet18", torch.float32, backend=backend)
     images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
     assert_close(model(images, visible), oracle(images, visible))
 
@@ -61,8 +66,8 @@ def test_other_channel_counts(in_channels, visible, assert_close):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_four_feature_scales_equal_the_simulation(training, visible, assert_close):
-    model, oracle = twins("resnet50", torch.float64)
+def test_four_feature_scales_equal_the_simulation(training, backend, visible, assert_close):
+    model, oracle = twins("resnet50", torch.float64, backend=backend)
     model.train(training), oracle.train(training)
     images = torch.randn(len(visible), 3, 96, 128, dtype=torch.float64)
     for ours, theirs in zip(model.encode(images, visible), oracle.encoder(images, visible), strict=True):
@@ -139,10 +144,10 @@ def test_reconstruction_is_in_image_units(visible):
     assert out.loss.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_two_runs_with_one_seed_are_bitwise_equal():
+def test_two_runs_with_one_seed_are_bitwise_equal(backend):
     def run():
         torch.manual_seed(0)
-        model = spark_me.build_model("resnet18", image_size=(64, 96), decoder_width=32, drop_path=0.2)
+        model = spark_me.build_model("resnet18", image_size=(64, 96), decoder_width=32, drop_path=0.2, backend=backend)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(3):
             optimizer.zero_grad()
@@ -154,8 +159,8 @@ def test_two_runs_with_one_seed_are_bitwise_equal():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_bf16_autocast_is_close_to_float64(visible):
-    model, oracle = twins("resnet18", torch.float32)
+def test_bf16_autocast_is_close_to_float64(backend, visible):
+    model, oracle = twins("resnet18", torch.float32, backend=backend)
     images = torch.randn(len(visible), 3, 96, 128)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(images, visible)

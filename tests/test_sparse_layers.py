@@ -26,8 +26,8 @@ def mask_at(visible, height):
     return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
 
-def pyramid():
-    return sparse.Pyramid(contract_masks(), PATCH)
+def pyramid(backend="minkowski"):
+    return sparse.Pyramid(contract_masks(), PATCH, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,7 +35,7 @@ def pyramid():
 @pytest.mark.parametrize(
     "kernel_size, stride", [(1, 1), (3, 1), (5, 1), (7, 1), (1, 2), (2, 2), (3, 2), (7, 2), (4, 4)]
 )
-def test_convolution(kernel_size, stride, bias, dtype, assert_close):
+def test_convolution(kernel_size, stride, bias, dtype, backend, assert_close):
     layer = sparse.Conv2d(5, 7, kernel_size, stride, bias=bias).to(dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
@@ -43,7 +43,7 @@ def test_convolution(kernel_size, stride, bias, dtype, assert_close):
     weight = kernel_to_weight(layer.kernel.detach(), kernel_size).requires_grad_()
     constant = layer.bias.detach().flatten().requires_grad_() if bias else None
 
-    actual = sparse.to_dense(layer(sparse.to_sparse(ours, pyramid())))
+    actual = sparse.to_dense(layer(sparse.to_sparse(ours, pyramid(backend))))
     visible = contract_masks()
     padding = kernel_size // 2 if kernel_size % 2 else 0
     expected = functional.conv2d(theirs * mask_at(visible, theirs.shape[2]), weight, constant, stride, padding)
@@ -76,9 +76,9 @@ def windows(x, kernel_size, stride):
 
 @pytest.mark.parametrize("layer_class, reduce", [(sparse.MaxPool2d, torch.amax), (sparse.AvgPool2d, torch.mean)])
 @pytest.mark.parametrize("kernel_size, stride", [(3, 2), (2, 2)])
-def test_pooling_ignores_empty_sites(layer_class, reduce, kernel_size, stride, assert_close):
+def test_pooling_ignores_empty_sites(layer_class, reduce, kernel_size, stride, backend, assert_close):
     ours, theirs = (dense_input(torch.float64, channels=2).requires_grad_() for _ in range(2))
-    actual = sparse.to_dense(layer_class(kernel_size, stride)(sparse.to_sparse(ours, pyramid())))
+    actual = sparse.to_dense(layer_class(kernel_size, stride)(sparse.to_sparse(ours, pyramid(backend))))
     expected = torch.zeros_like(actual)
     for (image, y, x), sites in windows(theirs, kernel_size, stride):
         values = torch.stack([theirs[i, :, row, column] for i, row, column in sites])

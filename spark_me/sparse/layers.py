@@ -1,15 +1,19 @@
 """Sparse layers: MinkowskiEngine's own modules and parameters behind the constructor calls of `torch.nn`.
 
-Every layer maps a `SparseTensor` on a `Pyramid` to another one. Kernels exist for float32 and float64 only, so under
-autocast convolutions and pooling compute in the dtype of their parameters or inputs as they are.
+Every layer maps a `SparseTensor` to another one. How it computes is said by the tensor's pyramid (`backend`); tensors on
+another coordinate manager of MinkowskiEngine take its stock kernels. Those exist for float32 and float64 only, so under
+autocast they compute in the dtype of the parameters.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spark_me.sparse import fused
 from spark_me.sparse.minkowski import ME
-from spark_me.sparse.tensor import SparseTensor, stride_of, with_features
+from spark_me.sparse.neighbours import Window
+from spark_me.sparse.pyramid import Pyramid
+from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
 
 
 class Conv2d(ME.MinkowskiConvolution):
@@ -27,8 +31,15 @@ class Conv2d(ME.MinkowskiConvolution):
         self.stride = stride
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        with torch.autocast(x.F.device.type, enabled=False):
-            return super().forward(with_features(x, x.F.to(self.kernel.dtype)))
+        if not _is_fused(x):
+            with torch.autocast(x.F.device.type, enabled=False):
+                return super().forward(with_features(x, x.F.to(self.kernel.dtype)))
+        dtype = _compute_dtype(self.kernel)
+        window = Window(stride_of(x), self.kernel_size, self.stride)
+        rows = fused.convolution(x.F.to(dtype), self.kernel.to(dtype), window, x.coordinate_manager.neighbours)
+        if self.bias is not None:
+            rows = rows + self.bias.to(dtype)
+        return at_stride(x, window.out_stride, rows)
 
 
 class MaxPool2d(ME.MinkowskiMaxPooling):
@@ -36,9 +47,14 @@ class MaxPool2d(ME.MinkowskiMaxPooling):
 
     def __init__(self, kernel_size: int, stride: int) -> None:
         super().__init__(kernel_size=kernel_size, stride=stride, dimension=2)
+        self.kernel_size = kernel_size
+        self.stride = stride
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return super().forward(_in_engine_dtype(x))
+        if not _is_fused(x):
+            return super().forward(_in_engine_dtype(x))
+        window = Window(stride_of(x), self.kernel_size, self.stride)
+        return at_stride(x, window.out_stride, fused.max_pool(x.F, window, x.coordinate_manager.neighbours))
 
 
 class AvgPool2d(ME.MinkowskiAvgPooling):
@@ -93,6 +109,16 @@ def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     if x.coordinate_manager is not y.coordinate_manager or x.coordinate_map_key != y.coordinate_map_key:
         raise ValueError("cannot add sparse tensors of different sites")
     return with_features(x, x.F + y.F)
+
+
+def _is_fused(x: SparseTensor) -> bool:
+    return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "fused"
+
+
+def _compute_dtype(parameter: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else the parameter's."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 def _in_engine_dtype(x: SparseTensor) -> SparseTensor:

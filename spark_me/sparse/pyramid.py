@@ -6,8 +6,9 @@ from torch import Tensor
 from spark_me.errors import EngineError
 from spark_me.masking import upsample_visible
 from spark_me.sparse.minkowski import ME
+from spark_me.sparse.neighbours import Neighbours
 
-BACKENDS = ("minkowski",)
+BACKENDS = ("fused", "minkowski")
 
 
 class Pyramid(ME.CoordinateManager):
@@ -21,6 +22,7 @@ class Pyramid(ME.CoordinateManager):
         visible: bool [B, fh, fw].
         patch_size: P, a power of two; also the deepest stride.
         backend: how the layers that receive tensors of this pyramid compute.
+        neighbours: index tables of the `fused` backend, built on first use.
     """
 
     def __init__(self, visible: Tensor, patch_size: int, backend: str = "minkowski") -> None:
@@ -44,6 +46,7 @@ class Pyramid(ME.CoordinateManager):
         self.visible = visible
         self.patch_size = patch_size
         self.backend = backend
+        self.neighbours = Neighbours(visible, patch_size)
         self.strides = tuple(2**level for level in range(patch_size.bit_length()))
         self._patches = visible.nonzero()  # [patches, 3]: image, patch row, patch column; row-major
         self._keys = {stride: self._insert(stride) for stride in self.strides}

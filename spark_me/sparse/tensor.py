@@ -18,6 +18,12 @@ def with_features(x: SparseTensor, features: Tensor) -> SparseTensor:
     return SparseTensor(features, coordinate_map_key=x.coordinate_map_key, coordinate_manager=x.coordinate_manager)
 
 
+def at_stride(x: SparseTensor, stride: int, features: Tensor) -> SparseTensor:
+    """Features [N, C] at the sites of another stride of the pyramid that `x` lives on."""
+    pyramid = x.coordinate_manager
+    return SparseTensor(features, coordinate_map_key=pyramid.key(stride), coordinate_manager=pyramid)
+
+
 def to_sparse(dense: Tensor, pyramid: Pyramid, stride: int = 1) -> SparseTensor:
     """Gather the visible sites of a dense map: [B, C, H/s, W/s] → features [N, C] in canonical order.
 

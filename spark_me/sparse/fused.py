@@ -1,0 +1,181 @@
+"""The `fused` backend: convolution and pooling on the pyramid's rows, without hash look-ups and without scatter.
+
+Two exact formulations, chosen by how many outputs a patch has along its side:
+
+- *tiles*: every visible patch with a halo of its neighbours (zero where hidden) is one small dense image, for the dense
+  convolution of torch. The gradient is the adjoint: dense convolution's own, then the halos are added to the patches
+  that they came from.
+- *gather*: the K neighbours of every output as one matrix row, times the kernel. The gradient gathers as well, by the
+  inverse table.
+
+Neither keeps its gathered buffer for the backward pass: gathering again costs less than the memory traffic.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional
+
+from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
+
+MIN_TILE_SIDE = 4
+"""Outputs along a patch's side from which tiles are faster than gathering (docs/benchmarks.md)."""
+
+
+def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    """Sparse convolution of rows [N_in, Cin] → [N_out, Cout].
+
+    Args:
+        rows: features at `window.in_stride`, canonical order.
+        kernel: [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1.
+        window: kernel size and strides.
+        neighbours: the pyramid's tables.
+    """
+    if window.kernel_size == 1:
+        if window.stride > 1:
+            side = neighbours.side(window.in_stride) // window.stride
+            blocks = rows.view(-1, side, window.stride, side, window.stride, rows.shape[1])
+            rows = blocks[:, :, 0, :, 0].reshape(-1, rows.shape[1])
+        return rows @ kernel.view(kernel.shape[-2:])
+    out_side = neighbours.side(window.out_stride)
+    function = _TileConvolution if out_side >= MIN_TILE_SIDE else _GatherConvolution
+    return function.apply(rows, kernel, window, neighbours)
+
+
+def max_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    """Maximum over the visible sites under the kernel: [N_in, C] → [N_out, C]."""
+    return _TileMaxPool.apply(rows, window, neighbours)
+
+
+class _TileConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+        ctx.save_for_backward(rows, kernel)
+        ctx.window, ctx.neighbours = window, neighbours
+        tiles = _tiles(rows, window, neighbours, empty=0.0)
+        weight = kernel_to_weight(kernel, window.kernel_size).contiguous(memory_format=torch.channels_last)
+        return _rows_of(functional.conv2d(tiles, weight, stride=window.stride))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, kernel = ctx.saved_tensors
+        window, neighbours = ctx.window, ctx.neighbours
+        weight = kernel_to_weight(kernel, window.kernel_size).contiguous(memory_format=torch.channels_last)
+        out_side = neighbours.side(window.out_stride)
+        grad_tiles, grad_weight, _ = torch.ops.aten.convolution_backward(
+            _images_of(gradient, out_side),
+            _tiles(rows, window, neighbours, empty=0.0),
+            weight,
+            None,
+            [window.stride, window.stride],
+            [0, 0],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
+        )
+        grad_rows = _fold(grad_tiles, window, neighbours) if ctx.needs_input_grad[0] else None
+        grad_kernel = weight_to_kernel(grad_weight, kernel.shape) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_kernel, None, None
+
+
+class _GatherConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+        ctx.save_for_backward(rows, kernel)
+        ctx.window, ctx.neighbours = window, neighbours
+        return _gather(rows, neighbours.of_sites(window)) @ kernel.flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, kernel = ctx.saved_tensors
+        window, neighbours = ctx.window, ctx.neighbours
+        grad_rows = grad_kernel = None
+        if ctx.needs_input_grad[0]:
+            # one row of Cin for every (output, offset), summed for each input over the places that it was taken from
+            contributions = (gradient @ kernel.flatten(0, 1).t()).view(-1, rows.shape[1])
+            places = neighbours.inverse(window)
+            grad_rows = _gather(contributions, places).view(*places.shape, -1).sum(dim=1)
+        if ctx.needs_input_grad[1]:
+            grad_kernel = (_gather(rows, neighbours.of_sites(window)).t() @ gradient).view(kernel.shape)
+        return grad_rows, grad_kernel, None, None
+
+
+class _TileMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.window, ctx.neighbours = window, neighbours
+        tiles = _tiles(rows, window, neighbours, empty=float("-inf"))
+        return _rows_of(functional.max_pool2d(tiles, window.kernel_size, window.stride))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        window, neighbours = ctx.window, ctx.neighbours
+        with torch.enable_grad():
+            tiles = _tiles(rows, window, neighbours, empty=float("-inf")).requires_grad_()
+            pooled = functional.max_pool2d(tiles, window.kernel_size, window.stride)
+        (grad_tiles,) = torch.autograd.grad(pooled, tiles, _images_of(gradient, pooled.shape[2]))
+        return _fold(grad_tiles, window, neighbours), None, None
+
+
+def _gather(rows: Tensor, table: Tensor, empty: float = 0.0) -> Tensor:
+    """rows [N, C] and table [M, K] → [M, K·C]; `empty` where the table says N."""
+    padded = functional.pad(rows, (0, 0, 0, 1), value=empty)
+    return padded.index_select(0, table.flatten()).view(table.shape[0], -1)
+
+
+def _tiles(rows: Tensor, window: Window, neighbours: Neighbours, empty: float) -> Tensor:
+    """Every visible patch with the halo that the window needs: [M, C, L, L], channels last in memory."""
+    length = _tile_length(window, neighbours)
+    table = neighbours.of_tiles(window.in_stride, -window.before, length)
+    tiles = _gather(rows, table.flatten(1), empty)
+    return tiles.view(-1, length, length, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _tile_length(window: Window, neighbours: Neighbours) -> int:
+    out_side = neighbours.side(window.out_stride)
+    return (out_side - 1) * window.stride + window.kernel_size
+
+
+def _fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    """Adjoint of `_tiles`: add every tile's halo to the patch that it came from, [M, C, L, L] → [N, C]."""
+    side, length = neighbours.side(window.in_stride), tiles.shape[2]
+    images = tiles.permute(0, 2, 3, 1)
+    folded = images.new_zeros(tiles.shape[0], side, side, tiles.shape[1])
+    for down in (0, -1, 1):
+        for across in (0, -1, 1):
+            # the tile of the patch `down`, `across` of mine starts here in my coordinates
+            (mine_y, theirs_y), (mine_x, theirs_x) = (
+                _overlap(step * side - window.before, length, side) for step in (down, across)
+            )
+            if mine_y.start >= mine_y.stop or mine_x.start >= mine_x.stop:
+                continue
+            part = images[:, theirs_y, theirs_x]
+            if down or across:
+                adjacent = neighbours.of_tiles(neighbours.patch_size, -1, 3)[:, 1 + down, 1 + across]
+                part = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, adjacent)
+            folded[:, mine_y, mine_x] += part
+    return folded.view(-1, tiles.shape[1])
+
+
+def _overlap(start: int, length: int, side: int) -> tuple[slice, slice]:
+    """Where [start, start + length) overlaps [0, side), in the coordinates of the latter and of the former."""
+    first, last = max(0, start), min(side, start + length)
+    return slice(first, last), slice(first - start, last - start)
+
+
+def _rows_of(images: Tensor) -> Tensor:
+    """[M, C, side, side] → rows [M·side², C]."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def _images_of(rows: Tensor, side: int) -> Tensor:
+    """Rows [M·side², C] → [M, C, side, side], channels last in memory."""
+    return rows.reshape(-1, side, side, rows.shape[1]).permute(0, 3, 1, 2)
