@@ -20,7 +20,7 @@ class BasicBlock(nn.Module):
         self.bn1 = sparse.BatchNorm(width)
         self.conv2 = sparse.Conv2d(width, width, 3)
         self.bn2 = sparse.BatchNorm(width)
-        self.relu = sparse.ReLU()
+        self.relu = sparse.ReLU(inplace=True)
         self.drop_path = sparse.DropPath(drop_path)
         self.downsample = _shortcut(in_channels, width, stride)
 
@@ -49,7 +49,7 @@ class Bottleneck(nn.Module):
         self.bn2 = sparse.BatchNorm(width)
         self.conv3 = sparse.Conv2d(width, out_channels, 1)
         self.bn3 = sparse.BatchNorm(out_channels)
-        self.relu = sparse.ReLU()
+        self.relu = sparse.ReLU(inplace=True)
         self.drop_path = sparse.DropPath(drop_path)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
@@ -95,7 +95,7 @@ class ResNet(nn.Module):
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
         self.conv1 = sparse.Conv2d(in_channels, 64, 7, stride=2)
         self.bn1 = sparse.BatchNorm(64)
-        self.relu = sparse.ReLU()
+        self.relu = sparse.ReLU(inplace=True)
         self.maxpool = sparse.MaxPool2d(3, stride=2)
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layer1 = _stage(block, 64, 64, depths[0], 1, rates)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from spark_me.sparse.neighbours import Neighbours, Window
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
 
-MIN_TILE_SIDE = 4
+MIN_TILE_SIDE = 8
 """Outputs along a patch's side from which tiles are faster than gathering (docs/benchmarks.md)."""
 
 
@@ -39,7 +39,7 @@ def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighb
             rows = blocks[:, :, 0, :, 0].reshape(-1, rows.shape[1])
         return rows @ kernel.view(kernel.shape[-2:])
     out_side = neighbours.side(window.out_stride)
-    function = _TileConvolution if out_side >= MIN_TILE_SIDE else _GatherConvolution
+    function = _TileConvolution if out_side >= MIN_TILE_SIDE else _PairConvolution
     return function.apply(rows, kernel, window, neighbours)
 
 
@@ -82,26 +82,28 @@ class _TileConvolution(torch.autograd.Function):
         return grad_rows, grad_kernel, None, None
 
 
-class _GatherConvolution(torch.autograd.Function):
+class _PairConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.window, ctx.neighbours = window, neighbours
-        return _gather(rows, neighbours.of_sites(window)) @ kernel.flatten(0, 1)
+        ctx.pairs = neighbours.pairs(window)
+        out = rows.new_zeros(neighbours.sites(window.out_stride), kernel.shape[2])
+        for offset, inputs, outputs in ctx.pairs:
+            out.index_add_(0, outputs, rows.index_select(0, inputs) @ kernel[offset])
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, kernel = ctx.saved_tensors
-        window, neighbours = ctx.window, ctx.neighbours
-        grad_rows = grad_kernel = None
-        if ctx.needs_input_grad[0]:
-            # one row of Cin for every (output, offset), summed for each input over the places that it was taken from
-            contributions = (gradient @ kernel.flatten(0, 1).t()).view(-1, rows.shape[1])
-            places = neighbours.inverse(window)
-            grad_rows = _gather(contributions, places).view(*places.shape, -1).sum(dim=1)
-        if ctx.needs_input_grad[1]:
-            grad_kernel = (_gather(rows, neighbours.of_sites(window)).t() @ gradient).view(kernel.shape)
+        grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
+        grad_kernel = torch.zeros_like(kernel) if ctx.needs_input_grad[1] else None
+        for offset, inputs, outputs in ctx.pairs:
+            grad_outputs = gradient.index_select(0, outputs)
+            if grad_rows is not None:
+                grad_rows.index_add_(0, inputs, grad_outputs @ kernel[offset].t())
+            if grad_kernel is not None:
+                torch.mm(rows.index_select(0, inputs).t(), grad_outputs, out=grad_kernel[offset])
         return grad_rows, grad_kernel, None, None
 
 
@@ -146,22 +148,18 @@ def _tile_length(window: Window, neighbours: Neighbours) -> int:
 
 def _fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
     """Adjoint of `_tiles`: add every tile's halo to the patch that it came from, [M, C, L, L] → [N, C]."""
-    side, length = neighbours.side(window.in_stride), tiles.shape[2]
+    side, length, start = neighbours.side(window.in_stride), tiles.shape[2], window.before
     images = tiles.permute(0, 2, 3, 1)
-    folded = images.new_zeros(tiles.shape[0], side, side, tiles.shape[1])
-    for down in (0, -1, 1):
-        for across in (0, -1, 1):
-            # the tile of the patch `down`, `across` of mine starts here in my coordinates
-            (mine_y, theirs_y), (mine_x, theirs_x) = (
-                _overlap(step * side - window.before, length, side) for step in (down, across)
-            )
-            if mine_y.start >= mine_y.stop or mine_x.start >= mine_x.stop:
-                continue
-            part = images[:, theirs_y, theirs_x]
-            if down or across:
-                adjacent = neighbours.of_tiles(neighbours.patch_size, -1, 3)[:, 1 + down, 1 + across]
-                part = functional.pad(part, (0, 0, 0, 0, 0, 0, 0, 1)).index_select(0, adjacent)
-            folded[:, mine_y, mine_x] += part
+    folded = images[:, start : start + side, start : start + side].contiguous()
+    steps = [(down, across) for down in (-1, 0, 1) for across in (-1, 0, 1) if down or across]
+    for down, across in steps:
+        # the tile of the patch `down`, `across` of mine starts here in my coordinates
+        mine_y, theirs_y = _overlap(down * side - start, length, side)
+        mine_x, theirs_x = _overlap(across * side - start, length, side)
+        if mine_y.start < mine_y.stop and mine_x.start < mine_x.stop:
+            adjacent = neighbours.of_tiles(neighbours.patch_size, -1, 3)[:, 1 + down, 1 + across]
+            halo = functional.pad(images[:, theirs_y, theirs_x], (0, 0, 0, 0, 0, 0, 0, 1))
+            folded[:, mine_y, mine_x] += halo.index_select(0, adjacent)
     return folded.view(-1, tiles.shape[1])
 
 

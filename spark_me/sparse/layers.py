@@ -75,10 +75,14 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class ReLU(nn.Module):
-    """max(x, 0) at every site."""
+    """max(x, 0) at every site; `inplace` overwrites the features of `x`, as in `torch.nn.ReLU`."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return with_features(x, functional.relu(x.F))
+        return with_features(x, functional.relu(x.F, self.inplace))
 
 
 class DropPath(nn.Module):

@@ -31,6 +31,17 @@ class Window(NamedTuple):
         return self.in_stride * self.stride
 
 
+class Pairs(NamedTuple):
+    """Where one kernel offset finds a neighbour."""
+
+    offset: int
+    """Index of the kernel offset, as MinkowskiEngine numbers them."""
+    inputs: Tensor
+    """int64 [pairs], input rows."""
+    outputs: Tensor
+    """int64 [pairs], output rows, ascending."""
+
+
 class Neighbours:
     """Index tables of one pyramid, built on first use. A missing neighbour is numbered N, one past the last row."""
 
@@ -46,6 +57,7 @@ class Neighbours:
         self._patch_number = visible.flatten().cumsum(0).sub(1).view(visible.shape)
         self._visible = visible
         self._tables: dict[tuple, Tensor] = {}
+        self._pairs: dict[Window, list[Pairs]] = {}
 
     def sites(self, stride: int) -> int:
         """N at `stride`."""
@@ -81,31 +93,21 @@ class Neighbours:
             self._tables[key] = self._rows_at(position, stride)
         return self._tables[key]
 
-    def inverse(self, window: Window) -> Tensor:
-        """int64 [N_in, R]: where each input row occurs in the flattened `of_sites` table; N_out·K where it has no more.
+    def pairs(self, window: Window) -> list[Pairs]:
+        """The present neighbours alone: for each kernel offset that has any, its (input row, output row) pairs.
 
-        R is the largest number of outputs that share an input: ceil(k / stride)².
+        An output occurs once at most for an offset, and so does an input: adding to rows by these indices meets no
+        collision, which keeps it deterministic on every device.
         """
-        key = ("inverse", window)
-        if key not in self._tables:
-            out_side = self.side(window.out_stride)
-            per_axis = -(-window.kernel_size // window.stride)
-            position = torch.arange(self.side(window.in_stride))[:, None] + window.before
-            # outputs o and offsets j with o·stride + j = position
-            output = position // window.stride - torch.arange(per_axis)
-            offset = position - output * window.stride
-            valid = offset < window.kernel_size
-            device = self._patches.device
-            output, offset, valid = (t.flatten().to(device) for t in (output, offset, valid))
-            rows = self._rows_at(output, window.out_stride)  # M, (y r), (x r)
-            offsets = offset[None, :] * window.kernel_size + offset[:, None]  # ME's numbering: x·k + y
-            missing = rows.eq(len(self._patches) * out_side**2) | ~(valid[:, None] & valid[None, :])
-            places = rows * window.kernel_size**2 + offsets
-            places.masked_fill_(missing, len(self._patches) * out_side**2 * window.kernel_size**2)
-            side = self.side(window.in_stride)
-            places = places.view(-1, side, per_axis, side, per_axis).permute(0, 1, 3, 2, 4)
-            self._tables[key] = places.reshape(-1, per_axis**2)
-        return self._tables[key]
+        if window not in self._pairs:
+            table = self.of_sites(window)
+            present = table < self.sites(window.in_stride)
+            self._pairs[window] = [
+                Pairs(offset, table[outputs, offset], outputs)
+                for offset in range(table.shape[1])
+                if len(outputs := present[:, offset].nonzero().flatten())
+            ]
+        return self._pairs[window]
 
     def _rows_at(self, position: Tensor, stride: int) -> Tensor:
         """int64 [M, L, L]: rows at positions [L] (sites from a patch's corner, may lie outside) down × across."""
