@@ -5,6 +5,7 @@ import io
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -115,10 +116,28 @@ def test_unpack_returns_the_tree(tmp_path):
     assert [path.name for path in tree.iterdir()] == ["setup.py"]
 
 
-@pytest.mark.parametrize("content", [make_archive({"../escaped": b"x"}), GENUINE[:60]], ids=["escaping", "cut"])
+def make_link(name, target):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        link = tarfile.TarInfo(name)
+        link.type, link.linkname = tarfile.SYMTYPE, target
+        tar.addfile(link)
+    return buffer.getvalue()
+
+
+BAD = {
+    "parent": make_archive({"../escaped": b"x"}),
+    "absolute": make_archive({"/escaped": b"x"}),
+    "link": make_link("MinkowskiEngine-0.5.4/src", "/etc"),
+    "cut": GENUINE[:60],
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD)
 def test_unpack_refuses_bad_archives(tmp_path, content):
     archive = tmp_path / "a.tar.gz"
     archive.write_bytes(content)
     with pytest.raises(EngineError, match="cannot be unpacked"):
         source.unpack(archive, tmp_path / "out")
-    assert not (tmp_path / "escaped").exists()
+    assert not any(path.is_file() or path.is_symlink() for path in tmp_path.rglob("*") if path != archive)
+    assert not Path("/escaped").exists()

@@ -1,0 +1,35 @@
+# Every target that needs the environment sets it up first; what is in place is left alone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format doctor clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: ## make .venv with torch, the engine and this package
+	@PYTHON="$(PYTHON)" docker/install.sh "$(VENV)"
+
+demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
+	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml
+
+test: setup ## run the tests
+	@$(BIN)/python -m pytest -q
+
+lint: setup ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy spark_me
+
+format: setup ## bring the code into the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+doctor: setup ## prove the engine against dense torch
+	@$(BIN)/spark-me doctor
+
+clean: ## remove what builds and checks leave behind; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find spark_me tests -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,44 @@
+"""Package metadata of spark_me. The base needs torch alone; each optional group adds what one use needs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = [
+    "torchvision>=0.19",
+    "omegaconf>=2.3",
+    "PyYAML>=6",
+    "timm>=1.0.9",
+    "safetensors>=0.4",
+    "tensorboard>=2.14",
+    "tqdm>=4.64",
+    "matplotlib>=3.7",
+    "Pillow>=10",
+]
+# Building MinkowskiEngine: fetching its source, torch's extension builder, a wheel.
+ENGINE = ["pypi-simple>=1.5", "requests>=2.28", "ninja>=1.11", "setuptools>=61", "wheel>=0.40"]
+# scikit-image's wheel ships the photos of the demo.
+DEMO = ["scikit-image>=0.22"]
+# ruff and mypy judge alike on every machine only if they are the same everywhere.
+DEV = ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
+
+setup(
+    name="spark_me",
+    version="0.1.0",
+    description="SparK: masked pretraining of convolutional networks, on true sparse convolution",
+    long_description=readme.read_text(encoding="utf-8") if (readme := Path("README.md")).is_file() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["spark_me", "spark_me.*"]),
+    package_data={"spark_me.engine": ["resources/setup.py"]},
+    install_requires=["torch>=2.4", "numpy"],
+    extras_require={
+        "train": TRAIN,
+        "engine": ENGINE,
+        "demo": TRAIN + DEMO,
+        "dev": DEV,
+        "all": TRAIN + ENGINE + DEMO,
+    },
+    entry_points={"console_scripts": ["spark-me = spark_me.cli:main"]},
+)

@@ -1,0 +1,165 @@
+"""The `spark-me` command: parsing only; each subcommand imports what it needs when it runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spark_me.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 0 done, 2 bad input, 1 a failed check or build."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        print(f"spark-me: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spark-me", description="Masked pretraining of convnets on sparse convolution."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pretrain(commands)
+    _add_reconstruct(commands)
+    _add_convert(commands)
+    _add_bench(commands)
+    _add_engine(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_pretrain(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("pretrain", help="pretrain an encoder on images without labels")
+    parser.add_argument("config", type=Path, help="YAML file, for example configs/demo/pretrain.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100")
+    parser.set_defaults(run=_pretrain)
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    from spark_me.config import load_config
+    from spark_me.train.pretrain import pretrain
+
+    pretrain(load_config(args.config, args.overrides))
+
+
+def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("reconstruct", help="draw what a pretrained model makes of hidden patches")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="picture to write")
+    parser.add_argument("--seed", type=int, default=0, help="which masks are drawn")
+    parser.set_defaults(run=_reconstruct)
+
+
+def _reconstruct(args: argparse.Namespace) -> None:
+    from spark_me.train.reconstruct import reconstruct_files
+
+    reconstruct_files(args.checkpoint, args.images, args.out, seed=args.seed)
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("convert", help="bring a checkpoint to another library's layout, or to ours")
+    parser.add_argument("source", metavar="SRC", help="path or URL of a .pth or .safetensors file; layout is detected")
+    parser.add_argument("destination", metavar="DST", type=Path, help="file to write: .pth, .pt or .safetensors")
+    parser.add_argument(
+        "--to", required=True, metavar="LAYOUT", help="torchvision, timm, official, mmpretrain, detectron2 or spark_me"
+    )
+    parser.add_argument("--encoder", metavar="NAME", help="refuse a source that holds another encoder")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from spark_me.weights.convert import convert
+
+    done = convert(args.source, args.destination, args.to, args.encoder)
+    print(f"{args.destination}: {done.encoder} from {done.source_layout} to {done.layout} layout")
+    for note in done.notes:
+        print(f"note: {note}")
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("bench", help="time and memory of sparse against dense, side by side")
+    add = parser.add_argument
+    add("--scope", choices=("encoder", "step", "both"), help="default: both, for a sweep encoder")
+    add("--encoder", default="resnet50")
+    add("--batch", type=int, default=8)
+    add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
+    add("--mask-ratio", type=float, default=0.6, help="share of hidden patches; 0 for the encoder only")
+    add("--decoder-width", type=int, default=512)
+    add("--backends", nargs="+", default=["fused", "minkowski", "masked_dense", "dense"], metavar="NAME",
+        help="of fused, minkowski, masked_dense, dense; default: all")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", default="float32", help="float32, bfloat16 or float16 (the latter two by autocast)")
+    add("--runs", type=int, default=5, help="passes of each backend that count")
+    add("--warmup", type=int, default=2, help="passes before them that do not")
+    add("--no-memory", dest="memory", action="store_false", help="skip the peak memory of activations")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--sweep", choices=("mask_ratio", "batch", "image_size"), help="measure at several values of one property")
+    add("--values", type=float, nargs="+", help="the sweep's values")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the sweep")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.sweep is None and (args.plot is not None or args.values is not None):
+        raise UserError("--plot and --values belong to a sweep: add --sweep mask_ratio, batch or image_size")
+    if len(args.image_size) > 2:
+        raise UserError("--image-size takes the side of a square, or H and W")
+    from spark_me.benchmark.case import Case, pick_device
+    from spark_me.benchmark.command import bench, bench_sweep
+
+    case = Case(
+        args.encoder,
+        args.batch,
+        (args.image_size[0], args.image_size[-1]),
+        args.mask_ratio,
+        args.decoder_width,
+        pick_device(args.device),
+        args.dtype,
+    )
+    options = {name: getattr(args, name) for name in ("backends", "runs", "warmup", "memory")}
+    if args.sweep is None:
+        bench(case, args.scope or "both", args.json, **options)
+    else:
+        bench_sweep(case, args.scope or "encoder", args.json, args.sweep, args.values, args.plot, **options)
+
+
+def _add_engine(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("engine", help="build and install MinkowskiEngine, or say what is installed")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    install = actions.add_parser("install", help="build against the installed torch (cached), then install")
+    target = install.add_mutually_exclusive_group()
+    target.add_argument("--cpu", dest="device", action="store_const", const="cpu", help="force a CPU build")
+    target.add_argument("--cuda", dest="device", action="store_const", const="cuda", help="force a CUDA build")
+    install.add_argument("--source", type=Path, help="a MinkowskiEngine source archive on disk, instead of a download")
+    install.add_argument("--rebuild", action="store_true", help="build again even if a cached wheel fits")
+    install.set_defaults(run=_engine_install)
+    info = actions.add_parser("info", help="what is installed, what is cached, what a build would use")
+    info.set_defaults(run=_engine_info)
+
+
+def _engine_install(args: argparse.Namespace) -> None:
+    from spark_me.engine.install import install
+
+    install(device=args.device, source=args.source, rebuild=args.rebuild)
+
+
+def _engine_info(args: argparse.Namespace) -> None:
+    from spark_me.engine.info import print_info
+
+    print_info()
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("doctor", help="prove the installed engine against dense torch")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from spark_me.engine.doctor import run_doctor
+
+    return run_doctor()

@@ -1,0 +1,81 @@
+"""`spark-me doctor`: the versions that matter, and a proof that the installed engine computes correctly."""
+
+import os
+import platform
+
+import torch
+
+from spark_me.engine import ENGINE_NAME
+from spark_me.engine.packages import installed_version
+from spark_me.engine.record import installed_record
+from spark_me.engine.target import find_cuda_home, nvcc_version
+from spark_me.engine.toolchain import compiler_version, find_compiler
+
+
+def run_doctor() -> int:
+    """Print versions, compare the engine's layers with dense torch, say how it went.
+
+    Returns:
+        0 if every layer agrees, 1 if one does not.
+
+    Raises:
+        EngineError: if the engine is missing or does not load.
+    """
+    for name, value in versions():
+        print(f"{name:<16} {value}")
+    # Imports the engine, and raises EngineError where that fails: not before the versions are out.
+    from spark_me.engine.checks import TOLERANCE, run_checks
+
+    wrong = 0
+    for device in _devices():
+        for result in run_checks(device):
+            print(f"{'ok' if result.ok else 'MISMATCH'} {result.name}: max error {result.error:.1e}", flush=True)
+            wrong += not result.ok
+    if wrong:
+        print(
+            f"{wrong} check(s) differ from dense torch by more than {TOLERANCE}: "
+            "run `spark-me engine install --rebuild`"
+        )
+        return 1
+    print("the engine agrees with dense torch, forward and backward, in float64")
+    return 0
+
+
+def versions() -> list[tuple[str, str]]:
+    """(name, version) of everything that decides what the engine computes. Imports no engine."""
+    compiler = find_compiler()
+    record = installed_record()
+    return [
+        ("spark_me", installed_version("spark_me") or "not installed as a package"),
+        ("Python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("torchvision", installed_version("torchvision") or "missing"),
+        (ENGINE_NAME, _engine()),
+        ("BLAS", record.blas if record else "unknown"),
+        ("compiler", compiler_version(compiler) if compiler else "none"),
+        ("threads", f"{torch.get_num_threads()} (OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')})"),
+        ("CUDA", _cuda()),
+    ]
+
+
+def _devices() -> list[str]:
+    record = installed_record()
+    on_gpu = record is not None and record.device == "cuda" and torch.cuda.is_available()
+    return ["cpu", "cuda"] if on_gpu else ["cpu"]
+
+
+def _engine() -> str:
+    version = installed_version(ENGINE_NAME)
+    if version is None:
+        return "missing"
+    record = installed_record()
+    if record is None:
+        return f"{version}, not built by spark_me"
+    return f"{version} for {record.device}, build {record.key}" + (f", CUDA {record.cuda}" if record.cuda else "")
+
+
+def _cuda() -> str:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    home = find_cuda_home()
+    nvcc = f"nvcc {'.'.join(map(str, nvcc_version(home)))}" if home else "no nvcc"
+    return f"torch built for {torch.version.cuda or 'CPU only'}, {gpu}, {nvcc}"
