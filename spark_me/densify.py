@@ -32,4 +32,27 @@ class Densify(nn.Module):
 
     def forward(self, x: SparseTensor) -> Tensor:
         """Features [N, C] at stride s → [B, width, H/s, W/s]."""
-        return self.projection(sparse.to_dense(self.norm(x), fill=self.mask_token.flatten()))
+        x = self.norm(x)
+        if isinstance(self.projection, nn.Identity):
+            return sparse.to_dense(x, fill=self.mask_token.flatten())
+        # The map is the token everywhere, plus (feature − token) at visible sites. The projection is linear: it
+        # needs the visible share of the dense arithmetic for the second part, and next to nothing for the first.
+        difference = sparse.with_features(x, x.F - self.mask_token.flatten())
+        projected = sparse.convolution_to_dense(difference, self.projection.weight)
+        return projected + self._projected_token(*projected.shape[2:])
+
+    def _projected_token(self, height: int, width: int) -> Tensor:
+        """The projection of a map that is the token everywhere: [1, width, H/s, W/s]."""
+        # With a 3×3 kernel such a map differs at the border only, so a 3×3 map holds every value that there is.
+        small = self.mask_token.expand(-1, -1, min(height, 3), min(width, 3))
+        rows, columns = (_stretch(length).to(small.device) for length in (height, width))
+        return self.projection(small)[:, :, rows[:, None], columns]
+
+
+def _stretch(length: int) -> Tensor:
+    """Indices that enlarge an axis of at most 3 to `length`: first, middle …, last."""
+    if length <= 3:
+        return torch.arange(length)
+    indices = torch.ones(length, dtype=torch.long)
+    indices[0], indices[-1] = 0, 2
+    return indices

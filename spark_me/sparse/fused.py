@@ -1,14 +1,14 @@
-"""The `fused` backend: convolution and pooling on the pyramid's rows, without hash look-ups and without scatter.
+"""The `fused` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter.
 
 Two exact formulations, chosen by how many outputs a patch has along its side:
 
 - *tiles*: every visible patch with a halo of its neighbours (zero where hidden) is one small dense image, for the dense
   convolution of torch. The gradient is the adjoint: dense convolution's own, then the halos are added to the patches
   that they came from.
-- *gather*: the K neighbours of every output as one matrix row, times the kernel. The gradient gathers as well, by the
-  inverse table.
+- *pairs*: one matrix product per kernel offset, over the neighbours that are present; hidden ones cost nothing. The
+  gradient is the same with the roles exchanged.
 
-Neither keeps its gathered buffer for the backward pass: gathering again costs less than the memory traffic.
+Neither keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, Pairs, Window
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
 
 MIN_TILE_SIDE = 8
@@ -38,9 +38,21 @@ def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighb
             blocks = rows.view(-1, side, window.stride, side, window.stride, rows.shape[1])
             rows = blocks[:, :, 0, :, 0].reshape(-1, rows.shape[1])
         return rows @ kernel.view(kernel.shape[-2:])
-    out_side = neighbours.side(window.out_stride)
-    function = _TileConvolution if out_side >= MIN_TILE_SIDE else _PairConvolution
-    return function.apply(rows, kernel, window, neighbours)
+    if neighbours.side(window.out_stride) >= MIN_TILE_SIDE:
+        return _TileConvolution.apply(rows, kernel, window, neighbours)
+    return _PairConvolution.apply(rows, kernel, neighbours.pairs(window), neighbours.sites(window.out_stride))
+
+
+def convolution_to_raster(rows: Tensor, kernel: Tensor, pairs: list[Pairs], places: int) -> Tensor:
+    """Sparse convolution with an output at every place of the dense map: [N, Cin] → [B·h·w, Cout].
+
+    Args:
+        rows: features, canonical order.
+        kernel: [K, Cin, Cout].
+        pairs: from `Neighbours.pairs_to_raster`.
+        places: B·h·w.
+    """
+    return _PairConvolution.apply(rows, kernel, pairs, places)
 
 
 def max_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
@@ -84,10 +96,10 @@ class _TileConvolution(torch.autograd.Function):
 
 class _PairConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, pairs: list[Pairs], out_rows: int) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.pairs = neighbours.pairs(window)
-        out = rows.new_zeros(neighbours.sites(window.out_stride), kernel.shape[2])
+        ctx.pairs = pairs
+        out = rows.new_zeros(out_rows, kernel.shape[2])
         for offset, inputs, outputs in ctx.pairs:
             out.index_add_(0, outputs, rows.index_select(0, inputs) @ kernel[offset])
         return out

@@ -1,8 +1,8 @@
 """Sparse layers: MinkowskiEngine's own modules and parameters behind the constructor calls of `torch.nn`.
 
-Every layer maps a `SparseTensor` to another one. How it computes is said by the tensor's pyramid (`backend`); tensors on
-another coordinate manager of MinkowskiEngine take its stock kernels. Those exist for float32 and float64 only, so under
-autocast they compute in the dtype of the parameters.
+Every layer maps a `SparseTensor` to another one. How it computes is said by the tensor's pyramid (`backend`); tensors
+on another coordinate manager of MinkowskiEngine take its stock kernels. Those exist for float32 and float64 only, so
+under autocast they compute in the dtype of the parameters.
 """
 
 import torch
@@ -13,7 +13,7 @@ from spark_me.sparse import fused
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Window
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
+from spark_me.sparse.tensor import SparseTensor, at_stride, compute_dtype, stride_of, with_features
 
 
 class Conv2d(ME.MinkowskiConvolution):
@@ -34,7 +34,7 @@ class Conv2d(ME.MinkowskiConvolution):
         if not _is_fused(x):
             with torch.autocast(x.F.device.type, enabled=False):
                 return super().forward(with_features(x, x.F.to(self.kernel.dtype)))
-        dtype = _compute_dtype(self.kernel)
+        dtype = compute_dtype(self.kernel)
         window = Window(stride_of(x), self.kernel_size, self.stride)
         rows = fused.convolution(x.F.to(dtype), self.kernel.to(dtype), window, x.coordinate_manager.neighbours)
         if self.bias is not None:
@@ -117,12 +117,6 @@ def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
 
 def _is_fused(x: SparseTensor) -> bool:
     return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "fused"
-
-
-def _compute_dtype(parameter: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else the parameter's."""
-    device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 def _in_engine_dtype(x: SparseTensor) -> SparseTensor:

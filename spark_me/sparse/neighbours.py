@@ -57,7 +57,7 @@ class Neighbours:
         self._patch_number = visible.flatten().cumsum(0).sub(1).view(visible.shape)
         self._visible = visible
         self._tables: dict[tuple, Tensor] = {}
-        self._pairs: dict[Window, list[Pairs]] = {}
+        self._pairs: dict[tuple, list[Pairs]] = {}
 
     def sites(self, stride: int) -> int:
         """N at `stride`."""
@@ -108,6 +108,26 @@ class Neighbours:
                 if len(outputs := present[:, offset].nonzero().flatten())
             ]
         return self._pairs[window]
+
+    def pairs_to_raster(self, stride: int, kernel_size: int) -> list[Pairs]:
+        """As `pairs` of an odd, centred kernel, with outputs at every place of the dense map [B·h·w]."""
+        key = ("raster", stride, kernel_size)
+        if key not in self._pairs:
+            images, grid_rows, grid_columns = self._visible.shape
+            side, reach = self.side(stride), kernel_size // 2
+            height, width = grid_rows * side, grid_columns * side
+            within = torch.arange(side, device=self._patches.device)
+            image, row, column = (part[:, None, None] for part in self._patches.unbind(1))
+            image, y, x = torch.broadcast_tensors(image, row * side + within[:, None], column * side + within)
+            image, y, x = image.flatten(), y.flatten(), x.flatten()
+            pairs = []
+            for offset in range(kernel_size**2):
+                across, down = divmod(offset, kernel_size)
+                out_y, out_x = y - (down - reach), x - (across - reach)
+                inputs = ((out_y >= 0) & (out_y < height) & (out_x >= 0) & (out_x < width)).nonzero().flatten()
+                pairs.append(Pairs(offset, inputs, ((image * height + out_y) * width + out_x)[inputs]))
+            self._pairs[key] = pairs
+        return self._pairs[key]
 
     def _rows_at(self, position: Tensor, stride: int) -> Tensor:
         """int64 [M, L, L]: rows at positions [L] (sites from a patch's corner, may lie outside) down × across."""

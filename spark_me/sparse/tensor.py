@@ -1,9 +1,12 @@
 """From dense maps to sparse tensors and back, by the pyramid's sites and never by pixel values."""
 
+import torch
 from torch import Tensor
 
+from spark_me.sparse import fused
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.pyramid import Pyramid
+from spark_me.weights.kernels import weight_to_kernel
 
 SparseTensor = ME.SparseTensor
 
@@ -16,6 +19,12 @@ def stride_of(x: SparseTensor) -> int:
 def with_features(x: SparseTensor, features: Tensor) -> SparseTensor:
     """The sites of `x` with other features [N, C]."""
     return SparseTensor(features, coordinate_map_key=x.coordinate_map_key, coordinate_manager=x.coordinate_manager)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What products with this parameter compute in: autocast's dtype where it is on, else the parameter's."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 def at_stride(x: SparseTensor, stride: int, features: Tensor) -> SparseTensor:
@@ -54,3 +63,25 @@ def to_dense(x: SparseTensor, fill: Tensor | None = None) -> Tensor:
     rows = background.expand(images * height * width, channels)
     rows = rows.index_copy(0, pyramid.raster_index(stride), x.F)
     return rows.view(images, height, width, channels).permute(0, 3, 1, 2)
+
+
+def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
+    """Dense convolution (odd kernel, stride 1, padded to equal size) of a map that is zero at empty sites.
+
+    The same as `conv2d(to_dense(x), weight, padding=k // 2)`, for the visible share of its arithmetic.
+
+    Args:
+        x: features [N, Cin] on a `Pyramid`.
+        weight: [Cout, Cin, k, k].
+
+    Returns:
+        [B, Cout, h, w], channels last in memory.
+    """
+    pyramid, stride = x.coordinate_manager, stride_of(x)
+    images, height, width = pyramid.extent(stride)
+    kernel_size = weight.shape[-1]
+    kernel = weight_to_kernel(weight, (kernel_size**2, weight.shape[1], weight.shape[0]))
+    pairs = pyramid.neighbours.pairs_to_raster(stride, kernel_size)
+    dtype = compute_dtype(weight)
+    rows = fused.convolution_to_raster(x.F.to(dtype), kernel.to(dtype), pairs, images * height * width)
+    return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
