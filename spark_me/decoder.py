@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.errors import UserError
+from spark_me.upsampling import pays_off, upsample_and_convolve
 
 
 class DecoderBlock(nn.Module):
@@ -22,8 +23,11 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, Cin, h, w] → [B, Cout, 2h, 2w]."""
-        x = self.activation(self.norm1(self.conv1(self.upsample(x))))
-        return self.norm2(self.conv2(x))
+        if self.upsample.bias is not None and pays_off(x, self.conv1.out_channels):
+            x = upsample_and_convolve(x, self.upsample.weight, self.upsample.bias, self.conv1.weight)
+        else:
+            x = self.conv1(self.upsample(x))
+        return self.norm2(self.conv2(self.activation(self.norm1(x))))
 
 
 class Decoder(nn.Module):

@@ -26,7 +26,7 @@ class Densify(nn.Module):
             nn.Identity() if identity else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
         )
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if isinstance(self.projection, nn.Conv2d):
+        if isinstance(self.projection, nn.Conv2d) and self.projection.bias is not None:
             nn.init.trunc_normal_(self.projection.weight, std=0.02)
             nn.init.zeros_(self.projection.bias)
 

@@ -1,8 +1,11 @@
 """SparK by simulation: torchvision's dense ResNets, with an explicit mask after every layer.
 
 This is how other implementations compute it, at full dense cost. Here it is the oracle of the tests and the baseline of
-the benchmark; it shares the decoder with `spark_me.spark` (dense by the method) and no code with `spark_me.sparse`.
+the benchmark; it shares the decoder's parameters with `spark_me.spark` and no computation with it.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torchvision
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spark_me.decoder import Decoder
+from spark_me.encoders.registry import RESNETS
 from spark_me.masking import upsample_visible
 from spark_me.weights.kernels import to_dense_state
 
@@ -19,7 +23,8 @@ class MaskedDenseResNet(nn.Module):
 
     def __init__(self, name: str, in_channels: int = 3, drop_path: float = 0.0) -> None:
         super().__init__()
-        network = torchvision.models.get_model(name, weights=None)
+        block, depths = RESNETS[name]  # torchvision has no ResNet-200 by name
+        network = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), list(depths))
         if in_channels != 3:
             network.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.conv1, self.bn1, self.maxpool = network.conv1, network.bn1, network.maxpool
@@ -42,10 +47,10 @@ class MaskedDenseResNet(nn.Module):
             features.append(x)
         return features
 
-    def _stages(self) -> tuple[nn.Module, ...]:
+    def _stages(self) -> tuple[Any, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
 
-    def _block(self, block: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+    def _block(self, block: Any, x: Tensor, visible: Tensor) -> Tensor:
         residual = masked_batch_norm(block.bn1, block.conv1(x), visible).relu()
         residual = masked_batch_norm(block.bn2, block.conv2(residual), visible)
         if isinstance(block, torchvision.models.resnet.Bottleneck):
@@ -91,7 +96,7 @@ class MaskedDenseSparK(nn.Module):
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W]."""
         features = self.encoder(images, visible)
-        return self.decoder([densify(x, visible) for densify, x in zip(self.densify, reversed(features))])
+        return plain_decode(self.decoder, [f(x, visible) for f, x in zip(self.densify, reversed(features))])
 
     def load_sparse(self, state: dict[str, Tensor]) -> None:
         """Take the weights of a `SparK` model's state dict."""
@@ -116,6 +121,18 @@ class MaskedDensify(nn.Module):
         return self.projection(torch.where(mask_like(x, visible), normalised, self.mask_token.to(normalised.dtype)))
 
 
+def plain_decode(decoder: Decoder, maps: Sequence[Tensor]) -> Tensor:
+    """The decoder layer by layer, as it is written in the paper: maps deep to shallow → pixels [B, C, H, W]."""
+    x = maps[0]
+    block: Any
+    for level, block in enumerate(decoder.blocks):
+        if 0 < level < len(maps):
+            x = x + maps[level]
+        x = functional.relu6(block.norm1(block.conv1(block.upsample(x))), inplace=True)
+        x = block.norm2(block.conv2(x))
+    return decoder.projection(x)
+
+
 def mask_like(x: Tensor, visible: Tensor) -> Tensor:
     """`visible` [B, fh, fw] at the resolution of x [B, C, h, w]: bool [B, 1, h, w]."""
     return upsample_visible(visible, x.shape[2] // visible.shape[1])[:, None]
@@ -128,10 +145,11 @@ def mask_out(x: Tensor, visible: Tensor) -> Tensor:
 
 def masked_batch_norm(norm: nn.BatchNorm2d, x: Tensor, visible: Tensor) -> Tensor:
     """Batch norm of x [B, C, h, w] with the statistics of visible sites; hidden sites become zero."""
+    assert norm.momentum is not None
     mask = mask_like(x, visible)[:, 0]
     rows = x.permute(0, 2, 3, 1)[mask]  # [N, C]
-    if norm.training:
-        norm.num_batches_tracked += 1
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     normalised = functional.batch_norm(
         rows,
         norm.running_mean,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spark_me import masking, sparse
 from spark_me.decoder import Decoder, patch_loss
 from spark_me.densify import Densify
+from spark_me.encoders.base import SparseEncoder
 from spark_me.sparse import Pyramid, SparseTensor
 
 
@@ -34,7 +35,7 @@ class SparK(nn.Module):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: SparseEncoder,
         image_size: tuple[int, int] = (224, 224),
         in_channels: int = 3,
         mask_ratio: float = 0.6,
@@ -81,7 +82,8 @@ class SparK(nn.Module):
         visible = self._visible_or_drawn(images, visible)
         normalised = masking.patchify(self.predict(images, visible), self.patch_size)
         target, mean, deviation = self._target(images)
-        prediction = masking.unpatchify(normalised * deviation + mean, visible.shape[1:], self.patch_size)
+        grid = (visible.shape[1], visible.shape[2])
+        prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
         return Reconstruction(prediction, visible, patch_loss(normalised, target, ~visible.flatten(1)))
 
     def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:

@@ -8,21 +8,34 @@ from typing import TYPE_CHECKING
 from spark_me.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from spark_me.encoders.base import SparseEncoder
 
 
 @dataclass(frozen=True)
 class EncoderEntry:
     """How to build an encoder, and what the published recipes use with it."""
 
-    build: Callable[[int, float], "nn.Module"]
+    build: Callable[[int, float], "SparseEncoder"]
     """(in_channels, drop_path) → the encoder."""
     drop_path: float
     """Default stochastic depth of the last block."""
 
 
-def _resnet(block: str, depths: tuple[int, int, int, int]) -> Callable[[int, float], "nn.Module"]:
-    def build(in_channels: int, drop_path: float) -> "nn.Module":
+# Block and number of blocks in each of the four stages.
+RESNETS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
+    "resnet18": ("BasicBlock", (2, 2, 2, 2)),
+    "resnet34": ("BasicBlock", (3, 4, 6, 3)),
+    "resnet50": ("Bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("Bottleneck", (3, 4, 23, 3)),
+    "resnet152": ("Bottleneck", (3, 8, 36, 3)),
+    "resnet200": ("Bottleneck", (3, 24, 36, 3)),
+}
+
+
+def _resnet(name: str) -> Callable[[int, float], "SparseEncoder"]:
+    block, depths = RESNETS[name]
+
+    def build(in_channels: int, drop_path: float) -> "SparseEncoder":
         from spark_me.encoders import resnet
 
         return resnet.ResNet(getattr(resnet, block), depths, in_channels, drop_path)
@@ -32,11 +45,12 @@ def _resnet(block: str, depths: tuple[int, int, int, int]) -> Callable[[int, flo
 
 # Drop path of the published recipes; none was published for the two small ones, which need none.
 ENCODERS: dict[str, EncoderEntry] = {
-    "resnet18": EncoderEntry(_resnet("BasicBlock", (2, 2, 2, 2)), drop_path=0.0),
-    "resnet34": EncoderEntry(_resnet("BasicBlock", (3, 4, 6, 3)), drop_path=0.0),
-    "resnet50": EncoderEntry(_resnet("Bottleneck", (3, 4, 6, 3)), drop_path=0.05),
-    "resnet101": EncoderEntry(_resnet("Bottleneck", (3, 4, 23, 3)), drop_path=0.08),
-    "resnet152": EncoderEntry(_resnet("Bottleneck", (3, 8, 36, 3)), drop_path=0.10),
+    "resnet18": EncoderEntry(_resnet("resnet18"), drop_path=0.0),
+    "resnet34": EncoderEntry(_resnet("resnet34"), drop_path=0.0),
+    "resnet50": EncoderEntry(_resnet("resnet50"), drop_path=0.05),
+    "resnet101": EncoderEntry(_resnet("resnet101"), drop_path=0.08),
+    "resnet152": EncoderEntry(_resnet("resnet152"), drop_path=0.10),
+    "resnet200": EncoderEntry(_resnet("resnet200"), drop_path=0.15),
 }
 
 
@@ -45,7 +59,7 @@ def list_encoders() -> list[str]:
     return list(ENCODERS)
 
 
-def build_encoder(name: str, in_channels: int = 3, drop_path: float | None = None) -> "nn.Module":
+def build_encoder(name: str, in_channels: int = 3, drop_path: float | None = None) -> "SparseEncoder":
     """Build a sparse encoder.
 
     Args:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from spark_me import sparse
+from spark_me.encoders.base import SparseEncoder
 from spark_me.sparse import SparseTensor
 
 
@@ -65,14 +66,8 @@ class Bottleneck(nn.Module):
         return self.bn3
 
 
-class ResNet(nn.Module):
-    """A ResNet without its classifier, on sparse tensors; names are torchvision's, `kernel` for a convolution's `weight`.
-
-    Attributes:
-        strides: of the four feature scales, shallow to deep.
-        channels: of the four feature scales.
-        total_stride: the patch size P that masks need.
-    """
+class ResNet(SparseEncoder):
+    """A ResNet without its classifier; names are torchvision's, with `kernel` for a convolution's `weight`."""
 
     strides = (4, 8, 16, 32)
     total_stride = 32

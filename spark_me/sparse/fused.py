@@ -11,9 +11,11 @@ Two exact formulations, chosen by how many outputs a patch has along its side:
 Neither keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from spark_me.sparse.neighbours import Neighbours, Pairs, Window
@@ -62,7 +64,7 @@ def max_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
 
 class _TileConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
         ctx.save_for_backward(rows, kernel)
         ctx.window, ctx.neighbours = window, neighbours
         tiles = _tiles(rows, window, neighbours, empty=0.0)
@@ -71,7 +73,7 @@ class _TileConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, kernel = ctx.saved_tensors
         window, neighbours = ctx.window, ctx.neighbours
         weight = kernel_to_weight(kernel, window.kernel_size).contiguous(memory_format=torch.channels_last)
@@ -96,7 +98,7 @@ class _TileConvolution(torch.autograd.Function):
 
 class _PairConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, kernel: Tensor, pairs: list[Pairs], out_rows: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, pairs: list[Pairs], out_rows: int) -> Tensor:
         ctx.save_for_backward(rows, kernel)
         ctx.pairs = pairs
         out = rows.new_zeros(out_rows, kernel.shape[2])
@@ -106,7 +108,7 @@ class _PairConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, kernel = ctx.saved_tensors
         grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
         grad_kernel = torch.zeros_like(kernel) if ctx.needs_input_grad[1] else None
@@ -121,7 +123,7 @@ class _PairConvolution(torch.autograd.Function):
 
 class _TileMaxPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.window, ctx.neighbours = window, neighbours
         tiles = _tiles(rows, window, neighbours, empty=float("-inf"))
@@ -129,7 +131,7 @@ class _TileMaxPool(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         window, neighbours = ctx.window, ctx.neighbours
         with torch.enable_grad():

@@ -22,14 +22,17 @@ def synchronized_batch_norm(rows: Tensor, norm: nn.modules.batchnorm._BatchNorm)
     mean = distributed_functional.all_reduce(x.sum(dim=0)) / total
     # Two passes: E[x²] − E[x]² would cancel where the mean is large.
     variance = distributed_functional.all_reduce((x - mean).square().sum(dim=0)) / total
-    if norm.track_running_stats:
-        with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
-            unbiased = variance * total / (total - 1)
-            norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
+    _update_statistics(norm, mean.detach(), (variance * total / (total - 1)).detach())
     normalised = (x - mean) * torch.rsqrt(variance + norm.eps)
     return (normalised * norm.weight + norm.bias).to(rows.dtype)
+
+
+def _update_statistics(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, unbiased_variance: Tensor) -> None:
+    assert norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None
+    assert norm.momentum is not None, "a cumulative average is not synchronised"
+    norm.num_batches_tracked.add_(1)
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    norm.running_var.lerp_(unbiased_variance.to(norm.running_var.dtype), norm.momentum)
 
 
 class SyncBatchNorm(BatchNorm):
@@ -54,12 +57,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every `BatchNorm` and `nn.BatchNorm2d` inside `module` by its synchronised twin, parameters shared."""
-    twins = {BatchNorm: SyncBatchNorm, nn.BatchNorm2d: SyncBatchNorm2d}
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child))
-    twin = twins.get(type(module))
-    if twin is None:
+    if type(module) not in (BatchNorm, nn.BatchNorm2d):
         return module
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    twin = SyncBatchNorm if isinstance(module, BatchNorm) else SyncBatchNorm2d
     converted = twin(module.num_features, eps=module.eps, momentum=module.momentum)
     converted.weight, converted.bias = module.weight, module.bias
     converted.running_mean, converted.running_var = module.running_mean, module.running_var

@@ -1,5 +1,7 @@
 """From dense maps to sparse tensors and back, by the pyramid's sites and never by pixel values."""
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,7 @@ from spark_me.sparse.minkowski import ME
 from spark_me.sparse.pyramid import Pyramid
 from spark_me.weights.kernels import weight_to_kernel
 
-SparseTensor = ME.SparseTensor
+SparseTensor: TypeAlias = ME.SparseTensor
 
 
 def stride_of(x: SparseTensor) -> int:

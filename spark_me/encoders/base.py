@@ -1,0 +1,23 @@
+"""What SparK asks of an encoder."""
+
+from torch import nn
+
+from spark_me.sparse import SparseTensor
+
+
+class SparseEncoder(nn.Module):
+    """A convnet on sparse tensors, without a classifier.
+
+    Attributes:
+        strides: of the feature scales, shallow to deep.
+        channels: of the feature scales.
+        total_stride: the patch size P that masks need; a power of two.
+    """
+
+    strides: tuple[int, ...]
+    channels: tuple[int, ...]
+    total_stride: int
+
+    def forward(self, x: SparseTensor) -> list[SparseTensor]:
+        """Features of every scale, shallow to deep, of a sparse image at stride 1."""
+        raise NotImplementedError

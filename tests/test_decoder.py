@@ -1,0 +1,63 @@
+import pytest
+import torch
+from conftest import randomise
+from torch.nn import functional
+
+from spark_me.decoder import Decoder, patch_loss
+from spark_me.errors import UserError
+from spark_me.masked_dense import plain_decode
+from spark_me.upsampling import pays_off, upsample_and_convolve
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (6, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_composed_upsampling_equals_the_two_layers(height, width, dtype, assert_close):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, height, width), (3, 4, 4, 4), (4,), (5, 4, 3, 3)]
+    ours = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    theirs = [tensor.detach().clone().requires_grad_() for tensor in ours]
+    actual = upsample_and_convolve(*ours)
+    x, up_weight, up_bias, weight = theirs
+    upsampled = functional.conv_transpose2d(x, up_weight, up_bias, stride=2, padding=1)
+    expected = functional.conv2d(upsampled, weight, padding=1)
+    assert_close(actual, expected, "output")
+    upstream = torch.randn(expected.shape, generator=generator, dtype=dtype)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert_close(mine.grad, other.grad, "gradient")
+
+
+def test_composed_upsampling_gradcheck():
+    shapes = [(1, 2, 2, 3), (2, 2, 4, 4), (2,), (2, 2, 3, 3)]
+    assert torch.autograd.gradcheck(
+        upsample_and_convolve, [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    )
+
+
+def test_decoder_takes_both_paths_and_equals_the_plain_one(assert_close):
+    decoder = randomise(Decoder(64, 32, 3)).double()
+    maps = [torch.randn(4, width, 4 * 2**i, 3 * 2**i, dtype=torch.float64) for i, width in enumerate((64, 32, 16, 8))]
+    assert not pays_off(maps[0], 64) and pays_off(maps[3], 8)
+    mine, theirs = ([x.clone().requires_grad_() for x in maps] for _ in range(2))
+    actual, expected = decoder(mine), plain_decode(decoder, theirs)
+    assert actual.shape == (4, 3, 128, 96)
+    assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    for ours, reference in zip(
+        torch.autograd.grad(actual, [*mine, *decoder.parameters()], upstream),
+        torch.autograd.grad(expected, [*theirs, *decoder.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(ours, reference)
+
+
+def test_patch_loss_is_the_mean_over_hidden_patches():
+    prediction, target = torch.zeros(1, 3, 4), torch.tensor([[[1.0] * 4, [2.0] * 4, [3.0] * 4]])
+    hidden = torch.tensor([[True, False, True]])
+    assert patch_loss(prediction, target, hidden).item() == 5  # (1 + 9) / 2
+
+
+def test_width_that_cannot_be_halved_is_refused():
+    with pytest.raises(UserError, match="decoder_width=48 must be a multiple of 32"):
+        Decoder(48, 32, 3)
