@@ -1,5 +1,6 @@
 # Every target that needs the environment sets it up first; what is in place is left alone.
 PYTHON ?= python3
+ENGINE ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -10,7 +11,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv with torch, the engine and this package
-	@PYTHON="$(PYTHON)" docker/install.sh "$(VENV)"
+	@PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" docker/install.sh "$(VENV)"
 
 demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
 	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml

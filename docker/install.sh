@@ -1,7 +1,9 @@
 #!/bin/sh
 # Sets up spark_me and all it needs in a virtual environment, root or not:
 #
-#     docker/install.sh [VENV]        VENV is .venv beside the README unless given; PYTHON names the interpreter
+#     docker/install.sh [VENV]        VENV is .venv beside the README unless given
+#
+# PYTHON names the interpreter; ENGINE=cpu or ENGINE=cuda forces what the engine is built for.
 #
 # `make setup` and the Dockerfiles call this one script. It can be repeated: what is in place is left alone, in seconds,
 # and a set-up that was cut short is begun again.
@@ -88,4 +90,4 @@ elif ! is_environment; then
     make_environment
 fi
 [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] || install_packages
-"$venv/bin/spark-me" engine install
+"$venv/bin/spark-me" engine install ${ENGINE:+"--$ENGINE"}

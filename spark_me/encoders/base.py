@@ -12,11 +12,13 @@ class SparseEncoder(nn.Module):
         strides: of the feature scales, shallow to deep.
         channels: of the feature scales.
         total_stride: the patch size P that masks need; a power of two.
+        checkpointing: whether blocks keep only their inputs for the backward pass, for less memory and more time.
     """
 
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     total_stride: int
+    checkpointing: bool = False
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
         """Features of every scale, shallow to deep, of a sparse image at stride 1."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from spark_me import sparse
 from spark_me.encoders.base import SparseEncoder
+from spark_me.encoders.checkpointing import checkpointed
 from spark_me.sparse import SparseTensor
 
 
@@ -104,7 +105,8 @@ class ResNet(SparseEncoder):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            for block in stage:
+                x = checkpointed(block, x) if self.checkpointing and self.training else block(x)
             features.append(x)
         return features
 

@@ -3,7 +3,15 @@
 from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, ReLU, add
 from spark_me.sparse.pyramid import BACKENDS, Pyramid
 from spark_me.sparse.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
-from spark_me.sparse.tensor import SparseTensor, convolution_to_dense, stride_of, to_dense, to_sparse, with_features
+from spark_me.sparse.tensor import (
+    SparseTensor,
+    at_stride,
+    convolution_to_dense,
+    stride_of,
+    to_dense,
+    to_sparse,
+    with_features,
+)
 
 __all__ = [
     "BACKENDS",
@@ -17,6 +25,7 @@ __all__ = [
     "SparseTensor",
     "SyncBatchNorm",
     "add",
+    "at_stride",
     "convolution_to_dense",
     "convert_sync_batchnorm",
     "stride_of",
