@@ -3,16 +3,45 @@
 Importing this package imports neither MinkowskiEngine nor the trainer.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from spark_me.encoders import list_encoders
 from spark_me.errors import EngineError, UserError
 
 if TYPE_CHECKING:
     from spark_me.spark import SparK
+    from spark_me.weights.convert import convert
+    from spark_me.weights.models import get_model, list_models
+    from spark_me.weights.transfer import export_weights, load_weights
 
 __version__ = "0.1.0"
-__all__ = ["EngineError", "UserError", "build_model", "list_encoders"]
+__all__ = [
+    "EngineError",
+    "UserError",
+    "build_model",
+    "convert",
+    "export_weights",
+    "get_model",
+    "list_encoders",
+    "list_models",
+    "load_weights",
+]
+
+# Imported when first used: they need torch, the models torchvision too.
+_LAZY = {
+    "convert": "spark_me.weights.convert",
+    "export_weights": "spark_me.weights.transfer",
+    "get_model": "spark_me.weights.models",
+    "list_models": "spark_me.weights.models",
+    "load_weights": "spark_me.weights.transfer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def build_model(

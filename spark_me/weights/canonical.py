@@ -1,0 +1,169 @@
+"""The one form that all layouts convert to and from: canonical names, dense convolution weights."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spark_me.errors import UserError
+from spark_me.weights.architectures import (
+    COUNTER,
+    ENCODER_FAMILY,
+    IMAGE_TENSORS,
+    TensorSpec,
+    encoder_tensors,
+    model_tensors,
+)
+from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
+from spark_me.weights.layouts import KERNEL, Layout, choose_layout, detect_layout
+from spark_me.weights.strict import check_tensors
+
+# What training wrappers (DDP, torch.compile) put before every name.
+PREFIXES = ("module.", "_orig_mod.")
+OPTIONAL_PARTS = {"decoder": "decoder with mask tokens", "fc": "classifier head"}
+"""What a checkpoint may lack, in words; densifying comes and goes with the decoder."""
+_DECODER_WIDTH = ("decoder.blocks.0.conv1.weight", "decoder.blocks.0.norm1.weight")
+"""Tensors whose first size is the decoder's width."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one model.
+
+    Attributes:
+        encoder: a name of `spark_me.list_encoders()`.
+        layout: the name of the layout that they came in.
+        tensors: canonical name → tensor, in the order of the model's state dict.
+        keys: canonical name → the key that it had.
+        notes: what a user should know of what was filled in.
+    """
+
+    encoder: str
+    layout: str
+    tensors: dict[str, Tensor]
+    keys: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> set[str]:
+        """Which of encoder, densify, decoder and fc (the classifier) are there."""
+        return {part_of(name) for name in self.tensors}
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a canonical name belongs to: encoder, densify, decoder or fc."""
+    return name.partition(".")[0]
+
+
+def to_canonical(state: Mapping[str, Tensor], where: str, encoder: str | None = None) -> Weights:
+    """Read a bare state dict of any known layout.
+
+    Args:
+        state: key → tensor.
+        where: the file, for messages.
+        encoder: which encoder it must be; found from the keys when None.
+
+    Raises:
+        UserError: for an unknown layout or encoder.
+        WeightsError: for missing and unexpected keys and for other shapes.
+    """
+    if encoder is not None and encoder not in ENCODER_FAMILY:
+        raise UserError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODER_FAMILY)}")
+    state = _without_prefixes(state)
+    layout = detect_layout(state, where)
+    keys = {layout.to_canonical(key): key for key in state if key not in layout.unused}
+    tensors = {name: state[key] for name, key in keys.items()}
+    counters = _missing_counters(tensors)
+    tensors |= counters
+    held = nearest_encoder(tensors)
+    specs = _expected(encoder or held, tensors)
+    kernels = {name for name, key in keys.items() if key.endswith(KERNEL)}
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: (name in kernels and spec.kernel_shape) or spec.shape for name, spec in specs.items()},
+        f"{where}: not the tensors of {encoder or held} in {layout.name} layout",
+        causes=[f"it holds a {held}"] if encoder not in (None, held) else [],
+        label=lambda name: keys.get(name) or layout.from_canonical(name, sparse_convolution=_is_sparse(specs, name)),
+    )
+    dense = {
+        name: kernel_to_weight(tensors[name], spec.shape[-1]) if name in kernels else tensors[name]
+        for name, spec in specs.items()
+    }
+    notes = ("no num_batches_tracked in the file: set to 0",) if counters else ()
+    return Weights(encoder or held, layout.name, dense, keys, notes)
+
+
+def from_canonical(weights: Weights, name: str) -> tuple[dict[str, Tensor], Layout, tuple[str, ...]]:
+    """Write weights in the layout called `name`.
+
+    Returns:
+        The bare state dict, the layout, and notes on what it leaves out.
+
+    Raises:
+        UserError: for an unknown layout.
+    """
+    layout = choose_layout(name, ENCODER_FAMILY[weights.encoder], weights.parts)
+    specs = _expected(weights.encoder, weights.tensors)
+    state: dict[str, Tensor] = {}
+    for canonical, tensor in weights.tensors.items():
+        if part_of(canonical) in layout.parts:
+            kernel_shape = specs[canonical].kernel_shape if layout.kernels else None
+            key = layout.from_canonical(canonical, sparse_convolution=_is_sparse(specs, canonical))
+            state[key] = tensor if kernel_shape is None else weight_to_kernel(tensor, kernel_shape)
+    state |= {key: torch.zeros(shape) for key, shape in layout.unused.items()}
+    left_out = [text for part, text in OPTIONAL_PARTS.items() if part in weights.parts - set(layout.parts)]
+    return state, layout, tuple(f"{text} left out: {name} has no place for it" for text in left_out)
+
+
+def nearest_encoder(tensors: Mapping[str, Tensor]) -> str:
+    """The encoder whose names differ least from these; sizes decide between encoders of equal names.
+
+    Sizes are numbers of elements: they do not depend on how a kernel is laid out.
+    """
+    found = {name: tensor.numel() for name, tensor in tensors.items() if part_of(name) == "encoder"}
+
+    def distance(encoder: str) -> tuple[int, int]:
+        specs = encoder_tensors(encoder)
+        other_sizes = [name for name, spec in specs.items() if found.get(name) != math.prod(spec.shape)]
+        return len(found.keys() ^ specs.keys()), len(other_sizes)
+
+    return min(ENCODER_FAMILY, key=distance)
+
+
+def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    for prefix in PREFIXES:
+        if state and all(key.startswith(prefix) for key in state):
+            return _without_prefixes({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    return state
+
+
+def _missing_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for num_batches_tracked where a file holds none at all: torch 0.4 and frozen norms keep none."""
+    if any(name.endswith(COUNTER) for name in tensors):
+        return {}
+    norms = [name.removesuffix("running_var") for name in tensors if name.endswith("running_var")]
+    return {norm + COUNTER: torch.zeros((), dtype=torch.long) for norm in norms}
+
+
+def _expected(encoder: str, tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """The tensors of a model with this encoder and the parts, channels, decoder width and classes of these."""
+    parts = {part_of(name) for name in tensors}
+    # The first convolution's size says the channels, however its kernel is laid out.
+    stems = {
+        n: spec for n, spec in encoder_tensors(encoder, in_channels=1).items() if n in IMAGE_TENSORS & tensors.keys()
+    }
+    channels = [tensors[name].numel() // math.prod(spec.shape) for name, spec in stems.items()]
+    widths = [tensors[name].shape[0] for name in _DECODER_WIDTH if name in tensors]
+    classes = [tensors[name].shape[0] for name in ("fc.weight", "fc.bias") if name in tensors]
+    return model_tensors(
+        encoder,
+        in_channels=channels[0] if channels else 3,
+        decoder_width=next(iter(widths), 512) if parts & {"densify", "decoder"} else None,
+        num_classes=next(iter(classes), None),
+    )
+
+
+def _is_sparse(specs: Mapping[str, TensorSpec], name: str) -> bool:
+    return name in specs and specs[name].kernel_shape is not None

@@ -1,0 +1,54 @@
+"""Files from one layout to another; needs neither MinkowskiEngine nor torchvision."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from spark_me.weights.canonical import from_canonical, to_canonical
+from spark_me.weights.download import is_url, local_file
+from spark_me.weights.files import check_target, read_state, sha256_of, write_state
+
+
+class Conversion(NamedTuple):
+    """What `convert` did."""
+
+    encoder: str
+    source_layout: str
+    layout: str
+    notes: tuple[str, ...]
+    """What was filled in or left out."""
+
+
+def convert(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], to: str, encoder: str | None = None
+) -> Conversion:
+    """Convert a checkpoint file; its layout and encoder are found from its keys.
+
+    Args:
+        source: path or URL of a .pth or .safetensors file of any known layout.
+        destination: .pth, .pt or .safetensors file to write; replaced only when the new one is whole. It carries a
+            model card: source, its SHA-256 and layout, encoder, layout and version of the layout.
+        to: torchvision, timm, official, mmpretrain, detectron2 or spark_me. "official" is the whole model where the
+            source has a decoder and the encoder alone otherwise. "detectron2" has its own names of a ResNet, which its
+            checkpointer matches to a backbone; that needs `MODEL.RESNETS.STRIDE_IN_1X1: False` and RGB images.
+        encoder: which encoder the source must hold; anything else is an error.
+
+    Raises:
+        UserError: if the source cannot be read, fits no known layout, or the destination cannot be written.
+        WeightsError: for missing or unexpected keys, and for other shapes.
+    """
+    target = Path(destination)
+    check_target(target)
+    path = local_file(source)
+    weights = to_canonical(read_state(path), str(source), encoder)
+    state, layout, left_out = from_canonical(weights, to)
+    card = {
+        "source": source if isinstance(source, str) and is_url(source) else path.name,
+        "source_sha256": sha256_of(path),
+        "source_layout": weights.layout,
+        "encoder": weights.encoder,
+        "layout": layout.name,
+        "layout_version": str(layout.version),
+    }
+    write_state(target, state, layout, card)
+    return Conversion(weights.encoder, weights.layout, layout.name, weights.notes + left_out)

@@ -1,0 +1,155 @@
+"""Checkpoint files: read without running code, written atomically, with a model card."""
+
+import hashlib
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark_me.errors import UserError
+from spark_me.weights.layouts import WRAPPERS, Layout
+
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pth", ".pt", SAFETENSORS)
+CARD = "spark_me"
+"""Where a .pth file keeps its model card."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The bare state dict of a file, on the CPU; nothing in the file is run.
+
+    Raises:
+        UserError: if the file is missing, damaged, no checkpoint, or holds more than plain data.
+    """
+    return bare_state(_load(path), str(path))
+
+
+def bare_state(content: Any, where: str) -> dict[str, Tensor]:
+    """Find the state dict in the content of a checkpoint: the content itself, or under a known entry.
+
+    Raises:
+        UserError: if there is none.
+    """
+    # The known entries come first: a trainer may keep other tensors beside its model's.
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None and any(isinstance(value, Tensor) for value in content.values()):
+            others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+            if others:
+                raise UserError(f"{where}: entries among its tensors that are none: {', '.join(others[:12])}")
+            return dict(content)
+        content = inner
+    raise UserError(f"{where}: holds no state dict, neither bare nor under {', '.join(WRAPPERS)}")
+
+
+def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: Mapping[str, str]) -> None:
+    """Write a state dict as the readers of its layout expect it, with its model card. All of the file, or nothing.
+
+    The card is the metadata of a .safetensors file; in a .pth file it is the entry "spark_me" beside the state dict or,
+    where readers expect a bare state dict, `_metadata["spark_me"]` of it, which `load_state_dict` leaves alone.
+
+    Raises:
+        UserError: for another suffix, or if the file cannot be written.
+    """
+    check_target(path)
+    if path.suffix == SAFETENSORS:
+        save_file = _safetensors().save_file
+        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        _write(path, lambda part: save_file(tensors, part, metadata={"format": "pt", **card}))
+    elif layout.wrapper is None:
+        bare = OrderedDict(state)
+        bare._metadata = OrderedDict({CARD: dict(card)})  # type: ignore[attr-defined]
+        _write(path, lambda part: torch.save(bare, part))
+    else:
+        content = {layout.wrapper: OrderedDict(state), **layout.extras, CARD: dict(card)}
+        _write(path, lambda part: torch.save(content, part))
+
+
+def read_card(path: Path) -> dict[str, str]:
+    """The model card of a file that `spark-me convert` wrote; empty if it has none.
+
+    Raises:
+        UserError: as `read_state`.
+    """
+    if path.suffix == SAFETENSORS:
+        _load(path)
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        metadata.pop("format", None)
+        return metadata
+    content = _load(path)
+    return dict(content.get(CARD) or getattr(content, "_metadata", {}).get(CARD) or {})
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written before any work is done.
+
+    Raises:
+        UserError: for an unknown suffix or a folder that is not there.
+    """
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == SAFETENSORS:
+        load_file = _safetensors().load_file
+        return _reading(path, lambda: load_file(path))
+    return _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _reading(path: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        names = re.search(r"GLOBAL (\S+)", str(error))
+        wants = f"loading it would run {names[1]}" if names else "it is damaged, or loading it would run code"
+        raise UserError(
+            f"{path}: refused, not plain tensors ({wants}): ask its author for a plain state dict or .safetensors"
+        ) from error
+    except Exception as error:  # a damaged archive raises almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: damaged or no checkpoint ({reason}): fetch or write it again") from error
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk differently
+        raise UserError(f"{path}: cannot be written ({error}); nothing was changed") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise UserError("safetensors is not installed: run `pip install safetensors`, or use a .pth file") from error
+    return safetensors.torch

@@ -1,0 +1,95 @@
+"""Strictness: every tensor that is needed is there with its shape, and no other; one line says what is not."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from spark_me.errors import UserError
+from spark_me.weights.architectures import IMAGE_TENSORS, Shape
+
+LISTED = 12
+
+
+class WeightsError(UserError):
+    """A checkpoint does not fit. The message lists the first keys, the attributes all of them.
+
+    Attributes:
+        missing: names that are needed and not there.
+        unexpected: names that are there and not needed.
+        mismatched: name → (shape found, shape needed).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        mismatched: Mapping[str, tuple[Shape, Shape]],
+    ) -> None:
+        super().__init__(message)
+        self.missing = list(missing)
+        self.unexpected = list(unexpected)
+        self.mismatched = dict(mismatched)
+
+
+def check_tensors(
+    found: Mapping[str, Shape],
+    needed: Mapping[str, Shape],
+    where: str,
+    *,
+    causes: Sequence[str] = (),
+    label: Callable[[str], str] = str,
+) -> None:
+    """Compare what is there with what is needed.
+
+    Args:
+        found, needed: canonical name → shape.
+        where: the start of the message: the file, and what it should fit.
+        causes: likely causes that the caller knows of.
+        label: how a name is written in the message.
+
+    Raises:
+        WeightsError: listing missing keys, unexpected keys, and shapes that differ, with the likely cause.
+    """
+    missing = [label(name) for name in needed if name not in found]
+    unexpected = [label(name) for name in found if name not in needed]
+    mismatched = {name: (found[name], needed[name]) for name in needed if found.get(name, needed[name]) != needed[name]}
+    shapes = [f"{label(name)} is {show(a)}, needed is {show(b)}" for name, (a, b) in mismatched.items()]
+    problems = [
+        f"{len(items)} {what}: {_listed(items, separator)}"
+        for what, items, separator in (
+            ("missing", missing, ", "),
+            ("unexpected", unexpected, ", "),
+            ("of another shape", shapes, "; "),
+        )
+        if items
+    ]
+    if problems:
+        likely = ", ".join(causes or _shape_causes(mismatched))
+        message = f"{where}: {'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
+        labelled = {label(name): shapes for name, shapes in mismatched.items()}
+        raise WeightsError(message, missing, unexpected, labelled)
+
+
+def show(shape: Shape) -> str:
+    """A shape for people: 64×3×7×7."""
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]]) -> list[str]:
+    """What differences of shape usually come from, each with what to do."""
+    causes = {}
+    for name, (found, needed) in mismatched.items():
+        part = name.partition(".")[0]
+        if name in IMAGE_TENSORS or name.startswith("decoder.projection."):
+            causes["channels"] = "another number of image channels (in_channels)"
+        elif part in ("densify", "decoder"):
+            causes["width"] = "another decoder width (decoder_width)"
+        elif part == "fc":
+            causes["classes"] = f"a classifier of {found[0]} classes instead of {needed[0]}"
+        else:
+            causes["blocks"] = "other widths or groups in the blocks (Wide ResNet, ResNeXt, another encoder)"
+    return list(causes.values())
+
+
+def _listed(items: Sequence[str], separator: str) -> str:
+    rest = len(items) - LISTED
+    return separator.join(items[:LISTED]) + (f" and {rest} more" if rest > 0 else "")

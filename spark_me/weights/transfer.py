@@ -1,0 +1,95 @@
+"""Weights into and out of models: SparK, bare encoders, and plain dense networks."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from spark_me.weights.canonical import OPTIONAL_PARTS, Weights, from_canonical, part_of, to_canonical
+from spark_me.weights.download import local_file
+from spark_me.weights.files import bare_state, read_state
+from spark_me.weights.kernels import weight_to_kernel
+from spark_me.weights.layouts import KERNEL, WEIGHT
+from spark_me.weights.strict import check_tensors
+
+_log = logging.getLogger(__name__)
+
+
+class Loaded(NamedTuple):
+    """What `load_weights` found."""
+
+    encoder: str
+    layout: str
+    notes: tuple[str, ...]
+    """What the file lacks or the model has no place for; logged as warnings too."""
+
+
+def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Loaded:
+    """Load weights of any known layout into a model; either all of them fit, or the model stays as it is.
+
+    A whole-model file fills a SparK model with decoder and mask tokens; one of the encoder alone leaves those as they
+    are, and says so. The classifier head may be absent on either side, which is said too.
+
+    Args:
+        model: a SparK model, one of its encoders, or a dense network with torchvision's names (`get_model`).
+        source: path or URL of a .pth or .safetensors file, or a state dict.
+
+    Raises:
+        UserError: if the source cannot be read, or the layout of source or model is not known.
+        WeightsError: for missing or unexpected keys, and for other shapes, with the likely cause.
+    """
+    if isinstance(source, Mapping):
+        where, state = "the state dict", bare_state(source, "the state dict")
+    else:
+        where, state = str(source), read_state(local_file(source))
+    weights = to_canonical(state, where)
+    target = model.state_dict()
+    own = to_canonical(target, "the model")
+    notes = weights.notes + _check(weights, own, where)
+    for name, tensor in weights.tensors.items():
+        key = own.keys.get(name)
+        if key is not None:
+            target[key] = weight_to_kernel(tensor, target[key].shape) if key.endswith(KERNEL) else tensor
+    model.load_state_dict(target, strict=True)
+    for note in notes:
+        _log.warning("%s: %s", where, note)
+    return Loaded(weights.encoder, weights.layout, notes)
+
+
+def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, Tensor]:
+    """A model's weights as the state dict of another layout, on the CPU, independent of the model.
+
+    Args:
+        model: a SparK model, one of its encoders, or a dense network with torchvision's names (`get_model`).
+        layout: torchvision, timm, official, mmpretrain, detectron2 or spark_me. Decoder and mask tokens are left out
+            where the layout has no place for them.
+
+    Raises:
+        UserError: for an unknown layout, or a model that is none of these.
+    """
+    state, _, _ = from_canonical(to_canonical(model.state_dict(), "the model"), layout)
+    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+
+
+def _check(weights: Weights, own: Weights, where: str) -> tuple[str, ...]:
+    """Compare weights with a model's own, part by part, and say which parts only one of them has."""
+    shared = weights.parts & own.parts
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in weights.tensors.items() if part_of(name) in shared},
+        {name: tuple(tensor.shape) for name, tensor in own.tensors.items() if part_of(name) in shared},
+        f"{where}: does not fit the model",
+        causes=(
+            [f"the file holds a {weights.encoder}, the model is a {own.encoder}"]
+            if weights.encoder != own.encoder
+            else []
+        ),
+        # Shapes are compared as those of dense weights, so a kernel is called a weight here.
+        label=lambda name: own.keys.get(name, name).replace(KERNEL, WEIGHT),
+    )
+    kept, dropped = own.parts - shared, weights.parts - shared
+    return tuple(
+        [f"has no {text}: the model keeps its own" for part, text in OPTIONAL_PARTS.items() if part in kept]
+        + [f"{text} left out: the model has none" for part, text in OPTIONAL_PARTS.items() if part in dropped]
+    )

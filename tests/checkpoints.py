@@ -1,0 +1,59 @@
+"""Random checkpoints of published keys and shapes (data/checkpoint_layouts, one `key<TAB>shape` a line)."""
+
+import math
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LAYOUT_FILES = sorted((Path(__file__).parent / "data" / "checkpoint_layouts").glob("*.tsv"))
+WHOLE_MODELS = [path for path in LAYOUT_FILES if "withdecoder" in path.name or "spark_sparse" in path.name]
+
+
+def encoder_of(layout_file: Path) -> str:
+    return re.search(r"resnet\d+", layout_file.name)[0]
+
+
+def published_shapes(layout_file: Path) -> dict[str, tuple[int, ...]]:
+    lines = (line.partition("\t") for line in layout_file.read_text().splitlines())
+    return {key: tuple(int(size) for size in sizes.split("x") if size) for key, _, sizes in lines}
+
+
+def random_checkpoint(layout_file: Path, seed: int = 0) -> dict[str, Tensor]:
+    return random_state(published_shapes(layout_file), seed)
+
+
+def random_state(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Random weights, norm weights away from one, norm statistics away from zero and one, counters."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, shape in shapes.items():
+        # Every tensor is another piece of one long noise: drawing 90 million numbers anew takes seconds.
+        start = int(torch.randint(1 << 21, (), generator=generator))
+        noise = _noise()[start : start + math.prod(shape)].reshape(shape).clone()
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(start)
+        elif key.endswith("running_var"):
+            state[key] = noise.abs() + 0.5
+        elif len(shape) > 1:
+            state[key] = noise * (2 / noise[0].numel()) ** 0.5
+        else:
+            state[key] = noise * 0.2 + (1 if key.endswith("weight") else 0)
+    return state
+
+
+@cache
+def _noise() -> Tensor:
+    return torch.randn(12 << 20, generator=torch.Generator().manual_seed(0))
+
+
+def random_like(state: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    return random_state({key: tuple(tensor.shape) for key, tensor in state.items()}, seed)
+
+
+def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
+    for key, tensor in expected.items():
+        assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor), key

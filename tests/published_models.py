@@ -1,0 +1,116 @@
+"""The published pretraining models as masked-dense modules: their state dicts have the published names.
+
+Written from the papers' description and the published key lists alone, so that loading a checkpoint here (strict, by
+torch itself) shares nothing with `spark_me.weights`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from spark_me.masked_dense import MaskedDenseResNet, mask_like, masked_batch_norm
+
+
+def _widths(width: int) -> list[int]:
+    return [width, width // 2, width // 4, width // 8, width // 16, width // 32]
+
+
+def _projections(channels: list[int], width: int) -> nn.ModuleList:
+    sizes = zip(channels, _widths(width), (1, 3, 3, 3))
+    return nn.ModuleList(nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b, kernel in sizes)
+
+
+class _OfficialBlock(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.up_sample = nn.ConvTranspose2d(a, a, 4, 2, 1)
+        self.conv = nn.Sequential(
+            nn.Conv2d(a, a, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(a),
+            nn.ReLU6(),
+            nn.Conv2d(a, b, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(b),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.up_sample(x))
+
+
+class OfficialSparK(nn.Module):
+    def __init__(self, encoder: str, width: int) -> None:
+        super().__init__()
+        for name, shape in (("imn_m", (1, 3, 1, 1)), ("imn_s", (1, 3, 1, 1)), ("norm_black", (1, 3, 224, 224))):
+            self.register_buffer(name, torch.zeros(shape))
+        self.sparse_encoder = nn.Module()
+        self.sparse_encoder.sp_cnn = MaskedDenseResNet(encoder)
+        self.dense_decoder = nn.Module()
+        widths = _widths(width)
+        self.dense_decoder.dec = nn.ModuleList(_OfficialBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.dense_decoder.proj = nn.Conv2d(widths[-1], 3, 1)
+        channels = list(self.sparse_encoder.sp_cnn.channels[::-1])
+        self.densify_norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.densify_projs = _projections(channels, width)
+        self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
+
+    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
+        maps = self.sparse_encoder.sp_cnn(images, visible)[::-1]
+        dense = _densify(maps, visible, self.densify_norms, self.mask_tokens, self.densify_projs)
+        return self.dense_decoder.proj(_decode(dense, self.dense_decoder.dec))
+
+
+class _MmpretrainBlock(nn.Module):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(a, a, 4, 2, 1)
+        self.conv_blocks = nn.ModuleList([nn.Module()])
+        self.conv_blocks[0].conv1, self.conv_blocks[0].norm1 = nn.Conv2d(a, a, 3, 1, 1, bias=False), nn.BatchNorm2d(a)
+        self.conv_blocks[0].conv2, self.conv_blocks[0].norm2 = nn.Conv2d(a, b, 3, 1, 1, bias=False), nn.BatchNorm2d(b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = self.conv_blocks[0]
+        return block.norm2(block.conv2(functional.relu6(block.norm1(block.conv1(self.upsample(x))))))
+
+
+class MmpretrainSparK(nn.Module):
+    def __init__(self, encoder: str, width: int) -> None:
+        super().__init__()
+        self.backbone = MaskedDenseResNet(encoder)
+        self.neck = nn.Module()
+        widths = _widths(width)
+        self.neck.decoder = nn.ModuleList(_MmpretrainBlock(a, b) for a, b in zip(widths, widths[1:]))
+        self.neck.proj = nn.Conv2d(widths[-1], 3, 1)
+        channels = list(self.backbone.channels[::-1])
+        self.enc_dec_norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.enc_dec_projectors = _projections(channels, width)
+        self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
+
+    def forward(self, images: Tensor, visible: Tensor) -> Tensor:
+        maps = self.backbone(images, visible)[::-1]
+        dense = _densify(maps, visible, self.enc_dec_norms, self.mask_tokens, self.enc_dec_projectors)
+        return self.neck.proj(_decode(dense, self.neck.decoder))
+
+
+def reconstruct(model: nn.Module, images: Tensor, visible: Tensor, patch: int = 32) -> Tensor:
+    """The prediction in the units of the images, each patch scaled back by its own mean and unbiased deviation."""
+    targets = functional.unfold(images, patch, stride=patch)
+    deviation = (targets.var(dim=1, keepdim=True) + 1e-6).sqrt()
+    predictions = functional.unfold(model(images, visible), patch, stride=patch)
+    return functional.fold(
+        predictions * deviation + targets.mean(1, keepdim=True), images.shape[2:], patch, stride=patch
+    )
+
+
+def _densify(
+    maps: list[Tensor], visible: Tensor, norms: nn.ModuleList, tokens: nn.ParameterList, projections: nn.ModuleList
+) -> list[Tensor]:
+    return [
+        projection(torch.where(mask_like(x, visible), masked_batch_norm(norm, x, visible), token))
+        for x, norm, token, projection in zip(maps, norms, tokens, projections, strict=True)
+    ]
+
+
+def _decode(maps: list[Tensor], blocks: nn.ModuleList) -> Tensor:
+    x = maps[0]
+    for level, block in enumerate(blocks):
+        x = block(x + maps[level] if 0 < level < len(maps) else x)
+    return x

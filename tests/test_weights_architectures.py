@@ -1,0 +1,34 @@
+import pytest
+import torch
+import torchvision
+
+import spark_me
+from spark_me.weights.architectures import model_tensors
+
+DEPTHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_encoder_tables_are_torchvisions(name, in_channels):
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name)
+        network.conv1 = torch.nn.Conv2d(in_channels, 64, 7, bias=False)
+    expected = {("" if key.startswith("fc.") else "encoder.") + key: t.shape for key, t in network.state_dict().items()}
+    tables = model_tensors(name, in_channels, num_classes=1000)
+    assert {key: spec.shape for key, spec in tables.items()} == expected
+    assert list(tables) == list(expected)
+
+
+@pytest.mark.parametrize("name, width, in_channels", [("resnet18", 512, 3), ("resnet34", 64, 4), ("resnet50", 512, 1)])
+def test_tables_are_the_sparse_models(name, width, in_channels):
+    """Kernels too, whose rank depends on the layer; ResNet-18 at width 512 has no deepest projection."""
+    model = spark_me.build_model(name, decoder_width=width, in_channels=in_channels)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    tables = model_tensors(name, in_channels, decoder_width=width)
+    actual = {
+        key.removesuffix("weight") + "kernel" if spec.kernel_shape else key: spec.kernel_shape or spec.shape
+        for key, spec in tables.items()
+    }
+    assert actual == expected
+    assert ("densify.0.projection.weight" in actual) == (name != "resnet18")

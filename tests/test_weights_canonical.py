@@ -1,0 +1,182 @@
+"""Every published layout is recognised and converts to every other; anything that does not fit is named."""
+
+import re
+
+import pytest
+import torch
+import torchvision
+from checkpoints import (
+    LAYOUT_FILES,
+    WHOLE_MODELS,
+    assert_bitwise,
+    encoder_of,
+    published_shapes,
+    random_checkpoint,
+    random_like,
+)
+
+from spark_me.errors import UserError
+from spark_me.weights.canonical import from_canonical, to_canonical
+from spark_me.weights.layouts import layout_names
+from spark_me.weights.strict import WeightsError
+
+UNUSED = ("imn_m", "imn_s", "norm_black")
+DEPTHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+
+
+DENSE = [name for name in layout_names() if name != "spark_me"]
+
+
+def names_only(name, in_channels=3):
+    """torchvision's state dict on the meta device: enough where tensors are renamed and not touched."""
+    with torch.device("meta"):
+        network = torchvision.models.get_model(name)
+        network.conv1 = torch.nn.Conv2d(in_channels, 64, 7, bias=False)
+    return dict(network.state_dict())
+
+
+def torchvision_state(name, in_channels=3):
+    return random_like(names_only(name, in_channels))
+
+
+@pytest.mark.parametrize("path", LAYOUT_FILES, ids=lambda path: path.stem)
+def test_published_layouts_come_in_and_leave_the_same(path):
+    state = {key: torch.empty(shape, device="meta") for key, shape in published_shapes(path).items()}
+    weights = to_canonical(state, path.name)
+    assert weights.encoder == encoder_of(path)
+    expected = "mmpretrain" if path.name.startswith("mmpretrain") else "official"
+    # the official encoder files bear torchvision's names
+    assert weights.layout == (expected if path in WHOLE_MODELS or expected == "mmpretrain" else "torchvision")
+    back, layout, _ = from_canonical(weights, expected)
+    assert layout.name == expected and back.keys() == state.keys()
+    for key, tensor in state.items():
+        if key in UNUSED:
+            assert back[key].shape == tensor.shape
+        else:
+            assert back[key] is tensor, key
+
+
+@pytest.mark.parametrize("to", DENSE)
+@pytest.mark.parametrize("name", DEPTHS)
+def test_round_trips_between_dense_layouts_keep_the_tensors(name, to):
+    state = names_only(name)
+    there, layout, notes = from_canonical(to_canonical(state, "a"), to)
+    back, _, _ = from_canonical(to_canonical(there, "b"), "torchvision")
+    if "fc" not in layout.parts:
+        assert notes == (f"classifier head left out: {to} has no place for it",)
+        del state["fc.weight"], state["fc.bias"]
+    assert list(back) == list(state)
+    assert all(back[key] is tensor for key, tensor in state.items())
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_round_trips_through_kernels_are_bitwise(name):
+    state = torchvision_state(name)
+    sparse, _, _ = from_canonical(to_canonical(state, "a"), "spark_me")
+    assert sparse["encoder.conv1.kernel"].shape == (49, 3, 64)
+    assert_bitwise(from_canonical(to_canonical(sparse, "b"), "torchvision")[0], state)
+
+
+@pytest.mark.parametrize("path", (WHOLE_MODELS[0], WHOLE_MODELS[-1]), ids=lambda path: path.stem)
+@pytest.mark.parametrize("to", ["official", "mmpretrain", "spark_me"])
+def test_whole_models_convert_between_layouts_bitwise(path, to):
+    first = to_canonical(random_checkpoint(path), "a")
+    there, _, notes = from_canonical(first, to)
+    assert_bitwise(to_canonical(there, "b").tensors, first.tensors)
+    assert not notes
+
+
+def test_detectron2_names():
+    """As in detectron2's ResNet: stem, res2 to res5, norms under their convolution, shortcut."""
+    state, _, _ = from_canonical(to_canonical(names_only("resnet50"), "a"), "detectron2")
+    assert state["stem.conv1.weight"].shape == (64, 3, 7, 7)
+    assert state["res2.0.shortcut.weight"].shape == (256, 64, 1, 1)
+    assert state["res5.0.shortcut.norm.running_var"].shape == (2048,)
+    assert state["res4.5.conv2.norm.bias"].shape == (256,)
+    expected = {"stem", "res2", "res3", "res4", "res5"}
+    assert {key.partition(".")[0] for key in state} == expected
+    parts = r"(stem\.conv1|res[2-5]\.\d+\.(conv[123]|shortcut))\.(weight|norm\.(weight|bias|running_\w+|num_\w+))"
+    assert all(re.fullmatch(parts, key) for key in state)
+
+
+@pytest.mark.parametrize("in_channels", [1, 4])
+def test_other_stems_convert(in_channels):
+    state = torchvision_state("resnet18", in_channels)
+    sparse, _, _ = from_canonical(to_canonical(state, "a"), "spark_me")
+    assert sparse["encoder.conv1.kernel"].shape == (49, in_channels, 64)
+    assert_bitwise(from_canonical(to_canonical(sparse, "b"), "torchvision")[0], state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_training_wrappers_are_dropped(prefix):
+    state = torchvision_state("resnet18")
+    wrapped = {prefix + key: tensor for key, tensor in state.items()}
+    assert_bitwise(from_canonical(to_canonical(wrapped, "a"), "torchvision")[0], state)
+
+
+def test_files_without_counters_get_zeros_and_say_so():
+    state = {k: v for k, v in torchvision_state("resnet18").items() if "num_batches" not in k}
+    weights = to_canonical(state, "old.pth")
+    assert weights.tensors["encoder.bn1.num_batches_tracked"] == 0
+    assert "num_batches_tracked" in weights.notes[0]
+
+
+@pytest.mark.parametrize("layout", layout_names())
+def test_missing_and_unexpected_keys_are_listed_in_the_files_own_names(layout):
+    state, _, _ = from_canonical(to_canonical(names_only("resnet50"), "a"), layout)
+    key = next(k for k in state if "conv3" in k and k.endswith(("weight", "kernel")))
+    state["extra.weight"] = state.pop(key)
+    with pytest.raises(WeightsError) as error:
+        to_canonical(state, "broken.pth")
+    assert error.value.missing == [key]
+    assert [name.removeprefix("encoder.") for name in error.value.unexpected] == ["extra.weight"]
+    assert "broken.pth: not the tensors of resnet50 in" in str(error.value)
+    assert f"1 missing: {key}; 1 unexpected: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_single_missing_counter_is_an_error():
+    state = torchvision_state("resnet18")
+    del state["layer1.0.bn1.num_batches_tracked"]
+    with pytest.raises(WeightsError, match="1 missing: layer1.0.bn1.num_batches_tracked"):
+        to_canonical(state, "a")
+
+
+def test_half_a_decoder_is_an_error():
+    shapes = {k: v for k, v in published_shapes(WHOLE_MODELS[0]).items() if not k.startswith("neck.decoder")}
+    state = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    with pytest.raises(WeightsError, match="70 missing: .*neck.decoder.0.upsample.weight"):
+        to_canonical(state, "a")
+
+
+def test_half_a_classifier_is_an_error():
+    state = torchvision_state("resnet18")
+    del state["fc.weight"]
+    with pytest.raises(WeightsError, match="1 missing: fc.weight"):
+        to_canonical(state, "a")
+
+
+def test_wide_resnets_are_named_as_likely_cause():
+    with torch.device("meta"):
+        state = torchvision.models.wide_resnet50_2().state_dict()
+    with pytest.raises(WeightsError) as error:
+        to_canonical(state, "wide.pth")
+    assert "layer1.0.conv1.weight is 128×64×1×1, needed is 64×64×1×1" in str(error.value)
+    assert "Wide ResNet" in str(error.value)
+
+
+def test_encoder_argument_is_a_check():
+    state = names_only("resnet34")
+    assert to_canonical(state, "a", encoder="resnet34").encoder == "resnet34"
+    with pytest.raises(
+        WeightsError, match="not the tensors of resnet18 .*unexpected.*likely cause: it holds a resnet34"
+    ):
+        to_canonical(state, "a", encoder="resnet18")
+    with pytest.raises(UserError, match="unknown encoder 'resnet17': choose one of resnet18"):
+        to_canonical(state, "a", encoder="resnet17")
+
+
+def test_unknown_layouts_are_refused():
+    with pytest.raises(UserError, match="x.pth: its tensors follow no known layout .first keys: features.0.weight"):
+        to_canonical({"features.0.weight": torch.zeros(1)}, "x.pth")
+    with pytest.raises(UserError, match="unknown layout 'keras': choose one of torchvision, timm"):
+        from_canonical(to_canonical(torchvision_state("resnet18"), "a"), "keras")

@@ -1,0 +1,144 @@
+import os
+import pickle
+
+import pytest
+import torch
+from checkpoints import assert_bitwise
+from safetensors import safe_open
+from torch import nn
+
+from spark_me.errors import UserError
+from spark_me.weights.files import bare_state, read_card, read_state, sha256_of, write_state
+from spark_me.weights.layouts import LAYOUTS
+
+CARD = {"source": "a.pth", "encoder": "resnet18"}
+BARE = next(layout for layout in LAYOUTS if layout.wrapper is None)
+WRAPPED = {layout.wrapper: layout for layout in LAYOUTS if layout.wrapper}
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def some_state():
+    return {"a.weight": torch.randn(3, 2).t(), "a.num_batches_tracked": torch.tensor(3), "b": torch.randn(2).double()}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("layout", [BARE, *WRAPPED.values()], ids=lambda layout: layout.name)
+def test_files_keep_tensors_and_card(tmp_path, suffix, layout):
+    state, path = some_state(), tmp_path / f"x{suffix}"
+    write_state(path, state, layout, CARD)
+    read = read_state(path)
+    assert_bitwise({key: read[key] for key in state}, state)  # safetensors has an order of its own
+    assert read.keys() == state.keys() and read_card(path) == CARD
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_safetensors_metadata_is_the_card(tmp_path):
+    write_state(tmp_path / "x.safetensors", some_state(), BARE, CARD)
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **CARD}
+
+
+def test_bare_files_load_strictly_as_they_are(tmp_path):
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    write_state(tmp_path / "x.pth", network.state_dict(), BARE, CARD)
+    other = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    other.load_state_dict(torch.load(tmp_path / "x.pth", weights_only=True), strict=True)
+    assert_bitwise(other.state_dict(), network.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrapped_files_have_the_entry_that_readers_expect(tmp_path, wrapper):
+    write_state(tmp_path / "x.pth", some_state(), WRAPPED[wrapper], CARD)
+    content = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert content[wrapper].keys() == some_state().keys() and content["spark_me"] == CARD
+
+
+def test_foreign_files_have_no_card(tmp_path):
+    torch.save(some_state(), tmp_path / "x.pth")
+    assert read_card(tmp_path / "x.pth") == {}
+
+
+def test_wrappers_of_wrappers_and_other_entries():
+    state = some_state()
+    assert bare_state({"model": {"module": state}, "rng": torch.zeros(2)}, "x").keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        ({"epoch": 3, "model": None}, "x: holds no state dict, neither bare nor under state_dict, model, module"),
+        ([1, 2], "holds no state dict"),
+        ({"a": torch.zeros(1), "note": "hello"}, "entries among its tensors that are none: note"),
+    ],
+)
+def test_contents_without_a_state_dict_are_refused(content, problem):
+    with pytest.raises(UserError, match=problem):
+        bare_state(content, "x")
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("save", ["torch", "pickle"])
+def test_pickles_that_would_run_code_are_refused(tmp_path, protocol, save):
+    path, canary = tmp_path / "evil.pth", tmp_path / "executed"
+    content = {"state_dict": {"a": Malicious(canary)}}
+    if save == "torch":
+        torch.save(content, path, pickle_protocol=protocol)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    with pytest.raises(UserError, match="evil.pth: refused, not plain tensors .*would run") as error:
+        read_state(path)
+    assert not canary.exists() and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, data", [("x.pth", b""), ("x.pth", b"PK\x03\x04"), ("x.pth", b"<html>no</html>")])
+def test_damaged_files_are_one_line(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: .*damaged") as error:
+        read_state(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_truncated_files_are_one_line(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    write_state(path, {"a": torch.randn(1000)}, BARE, CARD)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="damaged or no checkpoint") as error:
+        read_state(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_an_unknown_suffix_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pth: no such file"):
+        read_state(tmp_path / "nowhere.pth")
+    with pytest.raises(UserError, match="x.onnx: cannot tell the format"):
+        write_state(tmp_path / "x.onnx", some_state(), BARE, CARD)
+    with pytest.raises(UserError, match="does not exist: create it first"):
+        write_state(tmp_path / "no" / "x.pth", some_state(), BARE, CARD)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"x{suffix}"
+    write_state(path, some_state(), BARE, CARD)
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match="cannot be written .*No space left on device.*nothing was changed"):
+        write_state(path, {"other": torch.zeros(3)}, BARE, CARD)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

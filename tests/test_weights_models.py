@@ -1,0 +1,206 @@
+"""Models by name, with files served from this machine."""
+
+import hashlib
+import http.server
+import threading
+
+import pytest
+import torch
+import torchvision
+from checkpoints import assert_bitwise, random_like
+
+import spark_me
+from spark_me.weights import models
+from spark_me.weights.files import read_state
+
+CLASSIFIER = "resnet50_spark-pre_300e_in1k"
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves `files` (name → bytes); `promised` bytes in the header cut a download off."""
+
+    def __init__(self):
+        self.files, self.promised, self.requests = {}, None, 0
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def url(self, name):
+        return f"http://127.0.0.1:{self.server_port}/{name}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests += 1
+        body = self.server.files.get(self.path.lstrip("/"))
+        if body is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.server.promised or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A small mmpretrain-like classifier file of ResNet-18: (state dict, bytes, file name with its hash)."""
+    state = random_like(torchvision.models.resnet18().state_dict())
+    renamed = {("head." if key.startswith("fc.") else "backbone.") + key: value for key, value in state.items()}
+    torch.save({"state_dict": renamed, "meta": {}}, tmp_path / "x.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    return state, content, f"resnet18_in1k_20230612-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+
+
+@pytest.fixture
+def published(server, checkpoint, monkeypatch):
+    """`resnet18_test`, published on the loopback server."""
+    state, content, name = checkpoint
+    server.files[name] = content
+    monkeypatch.setitem(models.PUBLISHED, "resnet18_test", models.Published("resnet18", 1000, server.url(name)))
+    return state
+
+
+def test_published_weights_are_downloaded_once_and_checked(server, published, checkpoint, cache):
+    network = spark_me.get_model("resnet18_test", pretrained=True)
+    assert_bitwise(network.state_dict(), published)
+    assert [path.name for path in cache.iterdir()] == [checkpoint[2]]
+    spark_me.get_model("resnet18_test", pretrained=True)
+    assert server.requests == 1
+
+
+@pytest.mark.parametrize("damage", ["tampered", "cut off", "cut off below its header"])
+@pytest.mark.parametrize("hashed", [True, False])
+def test_damaged_downloads_are_refused_and_nothing_is_kept(server, published, checkpoint, cache, damage, hashed):
+    _, content, name = checkpoint
+    name = name if hashed else "plain.pth"
+    if damage == "tampered":
+        middle = len(content) // 2  # inside some tensor: the file still loads
+        flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        server.files[name] = flipped if hashed else b"not a checkpoint"
+    else:
+        server.files[name] = content[: len(content) // 2]
+        server.promised = len(content) if damage == "cut off below its header" else None
+    with pytest.raises(
+        spark_me.UserError, match=f"{name}: the download .*not kept|{name}: the download .*nothing was kept"
+    ):
+        spark_me.get_model("resnet18_test", pretrained=server.url(name))
+    assert list(cache.iterdir()) == []
+
+
+def test_absent_files_and_servers_are_one_line(server, cache):
+    for url in (server.url("nothing.pth"), "http://127.0.0.1:1/x.pth"):
+        with pytest.raises(spark_me.UserError, match="x.pth: cannot be downloaded|nothing.pth: cannot be downloaded"):
+            spark_me.get_model("resnet18", pretrained=url)
+        assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_a_cached_file_that_was_changed_is_refused(published, checkpoint, cache):
+    cache.mkdir(parents=True)
+    (cache / checkpoint[2]).write_bytes(checkpoint[1][:-1])
+    with pytest.raises(spark_me.UserError, match="its SHA-256 does not start with .*delete it and try again"):
+        spark_me.get_model("resnet18_test", pretrained=True)
+
+
+def test_urls_load_into_sparse_models_too(server, published, checkpoint, cache):
+    model = spark_me.build_model("resnet18", decoder_width=32)
+    spark_me.load_weights(model, server.url(checkpoint[2]))
+    exported = spark_me.export_weights(model)
+    assert_bitwise(exported, {key: published[key] for key in exported})
+
+
+def test_published_names_and_addresses():
+    """As in the publisher's list; the hash in a name is what a download is checked against."""
+    folder = "https://download.openmmlab.com/mmpretrain/v1.0/spark/spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k/"
+    urls = {name: row.url for name, row in models.PUBLISHED.items()}
+    assert len(urls) == 4
+    assert urls[CLASSIFIER] == (
+        f"{folder}resnet50_8xb256-coslr-300e_in1k/resnet50_8xb256-coslr-300e_in1k_20230612-f86aab51.pth"
+    )
+    assert urls["spark_sparse-resnet50_800e_in1k"] == (
+        f"{folder}spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k_20230612-e403c28f.pth"
+    )
+    assert [url[-12:-4] for url in urls.values()] == ["e403c28f", "f86aab51", "b0ea712e", "ffc78743"]
+
+
+def test_every_listed_model_can_be_built():
+    assert set(spark_me.list_models()) >= {"spark_sparse-resnet50_800e_in1k", CLASSIFIER, "resnet18", "resnet200"}
+    with torch.device("meta"):
+        for name in spark_me.list_models():
+            network = spark_me.get_model(name)
+            maps = network.extract_feat(torch.empty(1, 3, 64, 32))
+            assert [tuple(x.shape[2:]) for x in maps] == [(16, 8), (8, 4), (4, 2), (2, 1)]
+            classes = 1000 if name == CLASSIFIER else maps[-1].shape[1]
+            assert network(torch.empty(2, 3, 64, 64)).shape == (2, classes)
+
+
+def test_fine_tuned_resnet50_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in spark_me.get_model(CLASSIFIER).parameters()) == 25_557_032
+
+
+def test_features_are_torchvisions(checkpoint, tmp_path, assert_close):
+    network = torchvision.models.resnet18()
+    network.load_state_dict(checkpoint[0])
+    dense = spark_me.get_model("resnet18", pretrained=tmp_path / "x.pth")
+    network, dense, images = network.double().eval(), dense.double().eval(), torch.randn(2, 3, 64, 96).double()
+    x = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    for name, actual in zip(("layer1", "layer2", "layer3", "layer4"), dense.extract_feat(images), strict=True):
+        x = getattr(network, name)(x)
+        assert_close(actual, x)
+
+
+def test_a_classifier_without_its_head_keeps_a_random_one_and_says_so(checkpoint, tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(models.PUBLISHED, "resnet18_test", models.Published("resnet18", 1000, ""))
+    state = {key: value for key, value in read_state(tmp_path / "x.pth").items() if not key.startswith("head.")}
+    torch.save(state, tmp_path / "headless.pth")
+    spark_me.get_model("resnet18_test", pretrained=str(tmp_path / "headless.pth"))
+    assert "has no classifier head: the model keeps its own" in caplog.text
+
+
+def test_stems_of_other_channels(tmp_path):
+    model = spark_me.build_model("resnet18", in_channels=4, decoder_width=32)
+    torch.save(model.state_dict(), tmp_path / "four.pth")
+    dense = spark_me.get_model("resnet18", pretrained=tmp_path / "four.pth", in_channels=4)
+    assert_bitwise(dense.state_dict(), spark_me.export_weights(model))
+    with pytest.raises(spark_me.UserError, match="image channels .in_channels"):
+        spark_me.get_model("resnet18", pretrained=tmp_path / "four.pth")
+
+
+@pytest.mark.parametrize(
+    "name, pretrained, problem",
+    [
+        ("resnet5", False, "unknown model 'resnet5': did you mean resnet50"),
+        ("vgg", False, "unknown model 'vgg': choose one of spark_sparse-resnet50"),
+        ("resnet50", True, f"resnet50: no weights were published by this name: .*{CLASSIFIER}"),
+        ("resnet50", "nowhere.pth", "nowhere.pth: no such file"),
+    ],
+)
+def test_bad_names_are_one_line(name, pretrained, problem):
+    with pytest.raises(spark_me.UserError, match=problem):
+        spark_me.get_model(name, pretrained=pretrained)
+
+
+def test_names_of_encoders_that_are_not_there_are_said(monkeypatch):
+    monkeypatch.setitem(models.PUBLISHED, "x", models.Published("hrnet", None, ""))
+    assert "x" not in spark_me.list_models()
+    with pytest.raises(spark_me.UserError, match="x: its encoder hrnet is not in this version"):
+        spark_me.get_model("x")

@@ -1,0 +1,204 @@
+"""Weights into and out of models, proven by equal outputs in float64."""
+
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+import torchvision
+from checkpoints import LAYOUT_FILES, WHOLE_MODELS, assert_bitwise, encoder_of, random_checkpoint, random_like
+from published_models import MmpretrainSparK, OfficialSparK, reconstruct
+from torch import nn
+
+import spark_me
+from spark_me.masked_dense import MaskedDenseSparK
+from spark_me.weights.strict import WeightsError
+
+# Encoder files were published for four of them; the two small ones are random torchvision networks.
+ENCODER_FILES = {encoder_of(path): path for path in LAYOUT_FILES if "timm_style" in path.name}
+DEPTHS = ["resnet18", "resnet34", *ENCODER_FILES]
+VISIBLE = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[0, 1, 0], [0, 0, 0]]], dtype=torch.bool)
+
+
+def network_of(name, state):
+    """torchvision's network with these weights; it has no ResNet-200 by name."""
+    with torch.device("meta"):
+        network = (
+            torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [3, 24, 36, 3])
+            if name == "resnet200"
+            else torchvision.models.get_model(name)
+        )
+    result = network.load_state_dict(state, strict=False, assign=True)
+    assert set(result.missing_keys) <= {"fc.weight", "fc.bias"} and not result.unexpected_keys
+    return network.eval()
+
+
+def random_network(name):
+    with torch.device("meta"):
+        shapes = torchvision.models.get_model(name).state_dict()
+    return network_of(name, random_like(shapes))
+
+
+def features(network, images):
+    """Of torchvision's ResNets; timm calls the ReLU act1."""
+    x = network.maxpool(torch.relu(network.bn1(network.conv1(images))))
+    maps = []
+    for name in ("layer1", "layer2", "layer3", "layer4"):
+        x = getattr(network, name)(x)
+        maps.append(x)
+    return maps
+
+
+def images_of(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_encoder_equals_torchvision_and_timm_at_all_scales(name, assert_close):
+    file = ENCODER_FILES.get(name)
+    state = random_checkpoint(file) if file else random_network(name).state_dict()
+    model = spark_me.build_model(name, image_size=(64, 64), decoder_width=32, backend="fused")
+    loaded = spark_me.load_weights(model, {"module": state})
+    assert loaded.encoder == name and "has no decoder" in " ".join(loaded.notes)
+
+    exported = spark_me.export_weights(model, "torchvision")
+    assert_bitwise(exported, {key: tensor for key, tensor in state.items() if not key.startswith("fc.")})
+    network = network_of(name, exported)  # refuses unexpected keys, and missing ones but the classifier's
+    with torch.device("meta"):
+        rival = timm.create_model(name)
+    result = rival.load_state_dict(spark_me.export_weights(model, "timm"), strict=False, assign=True)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and not result.unexpected_keys
+    del network.fc, rival.fc  # they have no weights
+
+    images = images_of(2, 3, 64, 32)
+    expected = features(network.double(), images)
+    for theirs in (model.double().eval().encode(images), features(rival.double().eval(), images)):
+        for scale, (actual, map_) in enumerate(zip(theirs, expected, strict=True)):
+            assert_close(actual, map_, f"scale {scale}")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_one_training_step_changes_torchvisions_weights_as_masked_dense_training(name, assert_close):
+    network = random_network(name).double()
+    model = spark_me.build_model(name, image_size=(64, 96), decoder_width=32, drop_path=0.0).double()
+    spark_me.load_weights(model, network.state_dict())
+    oracle = MaskedDenseSparK(name, decoder_width=32).double()
+    state = {f"encoder.{key}": value for key, value in network.state_dict().items() if not key.startswith("fc.")}
+    state |= {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
+    oracle.load_state_dict(state)
+
+    images = images_of(len(VISIBLE), 3, 64, 96)
+    for trained in (model, oracle):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+        trained.train()
+        trained(images, VISIBLE).backward()
+        optimizer.step()
+    before = network.state_dict()
+    expected = oracle.encoder.state_dict()
+    exported = spark_me.export_weights(model)
+    assert exported.keys() == expected.keys()
+    for key, tensor in exported.items():
+        assert not torch.equal(tensor, before[key]), key
+        if tensor.is_floating_point():
+            assert_close(tensor - before[key], expected[key] - before[key], key)
+
+
+@pytest.mark.parametrize("path", WHOLE_MODELS, ids=lambda path: path.stem)
+def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close):
+    state = random_checkpoint(path)
+    name, official = encoder_of(path), path.name.startswith("official")
+    model = spark_me.build_model(name, image_size=(64, 96), decoder_width=768 if official else 512, backend="fused")
+    loaded = spark_me.load_weights(model, {"module": state, "epoch": 3} if official else {"state_dict": state})
+    assert loaded.notes == () and loaded.encoder == name
+    published = (OfficialSparK if official else MmpretrainSparK)(name, 768 if official else 512)
+    published.load_state_dict(state, strict=True)
+
+    images = images_of(2, 3, 64, 96) * 50 + 110
+    actual = model.double().eval().reconstruct(images, VISIBLE)
+    with torch.no_grad():
+        assert_close(actual.prediction, reconstruct(published.double().eval(), images, VISIBLE))
+
+
+def test_classifier_files_fill_sparse_and_dense_networks(assert_close):
+    (path,) = (path for path in LAYOUT_FILES if path.name.startswith("mmpretrain__resnet50"))
+    state = random_checkpoint(path)
+    plain = {key.removeprefix("backbone.").removeprefix("head."): tensor for key, tensor in state.items()}
+    network = network_of("resnet50", plain).double()
+    model = spark_me.build_model("resnet50", image_size=(64, 64), decoder_width=32, backend="fused")
+    assert any("classifier head left out" in note for note in spark_me.load_weights(model, state).notes)
+    dense = spark_me.get_model("resnet50_spark-pre_300e_in1k")
+    assert spark_me.load_weights(dense, {"state_dict": state, "meta": {}}).notes == ()
+
+    images = images_of(1, 3, 64, 64)
+    expected = features(network, images)
+    dense = dense.double().eval()
+    for maps in (model.double().eval().encode(images), dense.extract_feat(images)):
+        for actual, map_ in zip(maps, expected, strict=True):
+            assert_close(actual, map_)
+    assert_close(dense(images), network(images))
+
+
+@pytest.mark.parametrize("layout", ["official", "mmpretrain", "spark_me"])
+def test_whole_models_survive_every_layout_bitwise(layout):
+    model = spark_me.build_model("resnet18", decoder_width=512)
+    model.load_state_dict(random_like(model.state_dict()))
+    other = spark_me.build_model("resnet18", decoder_width=512)
+    assert spark_me.load_weights(other, spark_me.export_weights(model, layout)).notes == ()
+    assert_bitwise(other.state_dict(), model.state_dict())
+
+
+def test_trainer_checkpoints_load_whatever_else_they_hold():
+    model = spark_me.build_model("resnet18", decoder_width=32)
+    other = spark_me.build_model("resnet18", decoder_width=32)
+    spark_me.load_weights(other, {"model": model.state_dict(), "rng": torch.zeros(3), "optimizer": {}, "step": 7})
+    assert_bitwise(other.state_dict(), model.state_dict())
+
+
+def test_exports_do_not_share_memory_with_the_model():
+    model = spark_me.build_model("resnet18", decoder_width=32)
+    exported = spark_me.export_weights(model)
+    before = copy.deepcopy(exported)
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert_bitwise(exported, before)
+
+
+def test_what_stays_initial_is_logged(caplog):
+    model = spark_me.build_model("resnet18", decoder_width=32)
+    decoder = copy.deepcopy(model.decoder.state_dict())
+    with caplog.at_level(logging.WARNING):
+        spark_me.load_weights(model, random_network("resnet18").state_dict())
+    assert "has no decoder with mask tokens: the model keeps its own" in caplog.text
+    assert_bitwise(model.decoder.state_dict(), decoder)
+
+
+def test_bare_sparse_encoders_load_too():
+    encoder = spark_me.build_model("resnet18").encoder
+    network = random_network("resnet18")
+    spark_me.load_weights(encoder, network.state_dict())
+    exported = spark_me.export_weights(encoder)
+    assert_bitwise(exported, {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")})
+
+
+@pytest.mark.parametrize(
+    "source, target, problem",
+    [
+        ({"encoder": "resnet34"}, {}, "the file holds a resnet34, the model is a resnet18"),
+        ({"in_channels": 1}, {}, r"encoder.conv1.weight is 64×1×7×7, needed is 64×3×7×7.*image channels .in_channels"),
+        ({"decoder_width": 64}, {}, r"decoder.* needed is .*likely cause: another decoder width .decoder_width"),
+    ],
+)
+def test_models_of_another_shape_are_refused_and_stay_as_they_are(source, target, problem):
+    arguments = {"encoder": "resnet18", "decoder_width": 32}
+    state = spark_me.build_model(**{**arguments, **source}).state_dict()
+    model = spark_me.build_model(**{**arguments, **target})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(WeightsError, match=problem):
+        spark_me.load_weights(model, state)
+    assert_bitwise(model.state_dict(), before)
+
+
+def test_models_of_no_known_layout_are_refused():
+    with pytest.raises(spark_me.UserError, match="the model: its tensors follow no known layout"):
+        spark_me.export_weights(nn.Linear(2, 2))
