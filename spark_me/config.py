@@ -1,0 +1,190 @@
+"""Configurations: a YAML file, the files it inherits from, and overrides from the command line, checked."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spark_me.config_schema import FREE_KEYS, Config, rules
+from spark_me.errors import UserError
+
+__all__ = ["Config", "differing_keys", "load_config", "parse_config", "to_yaml"]
+
+COMMAND_LINE = "on the command line"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    A file may start from another one with `base: other.yaml`, relative to itself. Later layers win:
+    defaults, base, file, overrides. Paths in values are relative to the working directory.
+
+    Args:
+        path: a YAML file with the sections model, data, optim, train, run.
+        overrides: `key=value` with dotted keys and YAML values, for example `train.epochs=100`.
+
+    Raises:
+        UserError: for a file that is missing or no YAML, an unknown key, a value of a wrong type or range.
+    """
+    return _resolve([*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))])
+
+
+def parse_config(text: str, source: str) -> Config:
+    """Read back what `to_yaml` wrote; `source` says where it was, for the messages.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return _resolve([(f"in {source}", _parse_yaml(text, source))])
+
+
+def _resolve(layers: list[tuple[str, DictConfig]]) -> Config:
+    merged = OmegaConf.structured(Config)
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        _check_keys(layer, origin)
+        origins |= dict.fromkeys(_leaves(layer), origin)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UserError(_describe_type_error(error, origin)) from None
+    try:
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise UserError(f"{_first_line(error)}: correct that value") from None
+    _check_values(config, origins)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """Dotted keys that decide the result of a run and differ, as `key: old → new`."""
+    old_values, new_values = _flatten(old), _flatten(new)
+    return [
+        f"{key}: {old_values[key]} → {value}"
+        for key, value in new_values.items()
+        if key not in FREE_KEYS and old_values[key] != value
+    ]
+
+
+def _read_layers(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
+    if path.resolve() in parents:
+        raise UserError(f"{path}: inherits from itself through {parents[-1]}: remove one of the `base` keys")
+    layer = _read_yaml(path)
+    base = layer.pop("base", None)
+    if base is not None:
+        yield from _read_layers(path.parent / str(base), (*parents, path.resolve()))
+    yield f"in {path}", layer
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file: check the path, or the `base` that leads to it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, source: str) -> DictConfig:
+    try:
+        layer = OmegaConf.create(text)  # by yaml's safe loader, without duplicate keys, with 1e-3 as a number
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark else source
+        raise UserError(f"{place}: no valid YAML: {getattr(error, 'problem', error)}: correct that line") from None
+    if not isinstance(layer, DictConfig):
+        raise UserError(f"{source}: must hold sections ({', '.join(_flatten_names())}), not a {_kind(layer)}")
+    return layer
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not key or not equals:
+            raise UserError(f"{override}: an override on the command line is key=value, for example train.epochs=100")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise UserError(f"{' '.join(overrides)}: value on the command line is no valid YAML: {problem}") from None
+
+
+def _check_keys(layer: DictConfig, origin: str) -> None:
+    valid = list(_flatten(Config()))
+    sections = _flatten_names()
+    for key in _leaves(layer):
+        if key in valid:
+            continue
+        if key in sections:
+            raise UserError(f"{key} {origin} is a section: give its keys, for example {_any_key_of(key, valid)}")
+        raise UserError(f"unknown key {key} {origin}: did you mean {_nearest(key, valid)}?")
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    by_path = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
+    if by_path:
+        return by_path[0]
+    # The right name in the wrong section, or without one.
+    names = {name.rpartition(".")[2]: name for name in valid}
+    by_name = difflib.get_close_matches(key.rpartition(".")[2], names, n=1, cutoff=0.4)
+    return names[by_name[0]] if by_name else difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
+
+
+def _check_values(config: Config, origins: Mapping[str, str]) -> None:
+    values = _flatten(config)
+    for key, good, expected in rules(config):
+        if not good:
+            raise UserError(f"{key}={_show(values[key])} ({origins.get(key, 'by default')}): {expected}")
+
+
+def _leaves(layer: DictConfig) -> list[str]:
+    """Dotted keys of a layer; a list or an empty section counts as one."""
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{name}.")
+            else:
+                yield name
+
+    return list(walk(OmegaConf.to_container(layer, resolve=False), ""))
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    return {f"{section}.{key}": value for section, keys in asdict(config).items() for key, value in keys.items()}
+
+
+def _flatten_names() -> list[str]:
+    return list(dict.fromkeys(key.partition(".")[0] for key in _flatten(Config())))
+
+
+def _any_key_of(section: str, valid: list[str]) -> str:
+    return next(key for key in valid if key.startswith(f"{section}."))
+
+
+def _describe_type_error(error: OmegaConfBaseException, origin: str) -> str:
+    return f"{error.full_key or 'value'} ({origin}): {_first_line(error)}: give a value of that type"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _kind(layer: Any) -> str:
+    return "list" if isinstance(layer, ListConfig) else type(layer).__name__

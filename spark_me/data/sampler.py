@@ -1,0 +1,58 @@
+"""Which samples each step sees: a pure function of (seed, step), so a run resumes at any step."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from spark_me.data.randomness import ORDER, generator_of
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
+
+    Every epoch is a new permutation; what does not fill a batch at its end is dropped.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        epochs: int,
+        *,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            samples: samples in an epoch, at least `batch_size`.
+            batch_size: samples in a step over all processes; a multiple of `world_size`.
+            epochs: length of the run.
+            seed: the run's seed.
+            first_step: where to begin; steps done before.
+            rank: this process, which gets its share of each batch.
+            world_size: number of processes.
+        """
+        self.samples = samples
+        self.batch_size = batch_size
+        self.steps_per_epoch = samples // batch_size
+        self.steps = self.steps_per_epoch * epochs
+        self.seed = seed
+        self.first_step = first_step
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order: list[int] = []
+        for step in range(self.first_step, self.steps):
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if not order or batch == 0:
+                order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
+            start = batch * self.batch_size
+            share = order[start + self.rank : start + self.batch_size : self.world_size]
+            yield [(epoch, index) for index in share]

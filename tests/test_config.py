@@ -1,0 +1,219 @@
+"""Configurations: inheritance, overrides, and one clear line for whatever is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spark_me import sparse
+from spark_me.config import Config, differing_keys, load_config, parse_config, to_yaml
+from spark_me.config_schema import BACKENDS, FREE_KEYS
+from spark_me.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def message_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+def test_layers_win_in_order(write: Write) -> None:
+    write("base.yaml", "data: {root: a, workers: 1}\ntrain: {epochs: 100, batch_size: 8}\n")
+    path = write("sub/own.yaml", "base: ../base.yaml\ntrain: {epochs: 200}\n")
+    config = load_config(path, ["train.batch_size=16", "optim.base_lr=1e-3", "model.image_size=[64, 96]"])
+    assert (config.data.root, config.data.workers) == ("a", 1)
+    assert (config.train.epochs, config.train.batch_size) == (200, 16)
+    assert config.optim.base_lr == 0.001
+    assert config.model.image_size == [64, 96]
+    assert config.model.mask_ratio == Config().model.mask_ratio
+
+
+def test_lists_are_replaced_not_merged(write: Write) -> None:
+    write("base.yaml", "data: {root: a, crop_scale: [0.2, 1.0]}\n")
+    path = write("own.yaml", "base: base.yaml\ndata: {crop_scale: [0.5, 0.6]}\n")
+    assert load_config(path).data.crop_scale == [0.5, 0.6]
+
+
+def test_a_number_in_exponent_notation_is_a_number(write: Write) -> None:
+    assert load_config(write("c.yaml", "data: {root: a}\noptim: {base_lr: 2e-4}\n")).optim.base_lr == 2e-4
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/pretrain*/*.yaml")) + [CONFIGS / "demo" / "pretrain.yaml"])
+def test_shipped_files_load(path: Path) -> None:
+    own_images = [] if path.parent.name == "demo" else ["data.root=somewhere"]
+    load_config(path, own_images)
+
+
+def test_resolved_configuration_reads_back(write: Write) -> None:
+    config = load_config(write("c.yaml", "data: {root: a}\nmodel: {drop_path: 0.1}\n"))
+    assert parse_config(to_yaml(config), "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("train: {epoch: 3}", "train.epochs"),
+        ("optim: {base_lrr: 3}", "optim.base_lr"),
+        ("optim: {mask_ratio: 0.5}", "model.mask_ratio"),
+        ("batch_size: 3", "train.batch_size"),
+        ("modle: {encoder: resnet18}", "model.encoder"),
+        ("model: {image_sizes: {h: 64}}", "model.image_size"),
+    ],
+)
+def test_unknown_key_names_key_file_and_nearest(write: Write, text: str, named: str) -> None:
+    path = write("c.yaml", text)
+    message = message_of(path)
+    assert message.startswith("unknown key ")
+    assert str(path) in message
+    assert message.endswith(f"did you mean {named}?")
+
+
+def test_unknown_override_says_so(write: Write) -> None:
+    message = message_of(write("c.yaml", "data: {root: a}"), "train.epoch=3")
+    assert message == "unknown key train.epoch on the command line: did you mean train.epochs?"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.epochs=many", "train.epochs"),
+        ("train.epochs=1.5", "train.epochs"),
+        ("train.epochs=", "train.epochs"),
+        ("model.image_size=64", "model.image_size"),
+        ("model.image_size=[a,b]", "model.image_size"),
+        ("data.root={a: b}", "data.root"),
+    ],
+)
+def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None:
+    assert key in message_of(write("c.yaml", "data: {root: a}"), override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.mask_ratio=1.2",
+        "model.mask_ratio=0",
+        "model.mask_ratio=.nan",
+        "model.image_size=[100,64]",
+        "model.image_size=[64,-32]",
+        "model.image_size=[64]",
+        "model.encoder=resnet19",
+        "model.backend=dense",
+        "model.decoder_width=20",
+        "model.in_channels=4",
+        "model.drop_path=1.0",
+        "data.kind=zip",
+        "data.held_out=-1",
+        "data.repeats=0",
+        "data.crop_scale=[0.9,0.5]",
+        "data.flip=2",
+        "data.mean=[0.5]",
+        "data.std=[0.5,0.5,0]",
+        "data.workers=-1",
+        "data.max_unreadable=1",
+        "optim.name=sgd",
+        "optim.base_lr=0",
+        "optim.betas=[0.9,1.0]",
+        "optim.weight_decay=-1",
+        "optim.warmup_epochs=5000",
+        "optim.clip_norm=0",
+        "train.epochs=-3",
+        "train.batch_size=0",
+        "train.precision=fp16",
+        "run.seed=-1",
+        "run.keep_last=0",
+        "run.checkpoint_every_steps=0",
+    ],
+)
+def test_value_out_of_range_names_the_key(write: Write, override: str) -> None:
+    message = message_of(write("c.yaml", "data: {root: a}"), override)
+    assert message.startswith(override.partition("=")[0] + "=")
+
+
+def test_range_error_names_the_file_that_set_the_value(write: Write) -> None:
+    base = write("base.yaml", "data: {root: a}\nmodel: {mask_ratio: 1.2}\n")
+    own = write("own.yaml", "base: base.yaml\ntrain: {epochs: 50}\n")
+    assert message_of(own).startswith(f"model.mask_ratio=1.2 (in {base})")
+
+
+def test_image_size_error_proposes_one_that_fits(write: Write) -> None:
+    assert "[96, 224]" in message_of(write("c.yaml", "data: {root: a}"), "model.image_size=[100,225]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ([], "data.root=null"),
+        (["data.kind=demo", "data.root=x"], "data.root=x"),
+        (["data.kind=demo", "data.held_out=2"], "data.held_out=2"),
+        (["data.root=x", "data.val_root=y", "data.held_out=2"], "data.held_out=2"),
+    ],
+)
+def test_data_keys_that_exclude_each_other(write: Write, overrides: list[str], key: str) -> None:
+    assert message_of(write("c.yaml", ""), *overrides).startswith(key)
+
+
+def test_syntax_error_names_file_and_line(write: Write) -> None:
+    path = write("c.yaml", "data:\n  root: a\ntrain: {epochs: [}\n")
+    assert message_of(path).startswith(f"{path}:3: ")
+
+
+def test_duplicate_key_is_refused(write: Write) -> None:
+    path = write("c.yaml", "train:\n  epochs: 3\n  epochs: 4\n")
+    assert message_of(path).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "train: 3\n", "data: {root: '${oc.env:NOT_SET_ANYWHERE}'}"])
+def test_other_content_gets_one_line(write: Write, text: str) -> None:
+    assert message_of(write("c.yaml", text))
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "data.crop_scale=[0.1"])
+def test_override_that_is_none(write: Write, override: str) -> None:
+    assert override in message_of(write("c.yaml", "data: {root: a}"), override)
+
+
+def test_missing_file_and_missing_base(tmp_path: Path, write: Write) -> None:
+    assert "none.yaml: no such configuration file" in message_of(tmp_path / "none.yaml")
+    assert "none.yaml: no such configuration file" in message_of(write("c.yaml", "base: none.yaml"))
+
+
+def test_circle_of_bases(write: Write) -> None:
+    write("a.yaml", "base: b.yaml")
+    assert "inherits from itself" in message_of(write("b.yaml", "base: a.yaml"))
+
+
+def test_yaml_runs_no_code(write: Write) -> None:
+    assert "no valid YAML" in message_of(write("c.yaml", "data: {root: !!python/object/apply:os.getcwd []}"))
+
+
+def test_differing_keys_leave_out_what_does_not_decide_the_result() -> None:
+    old, new = Config(), Config()
+    new.run.dir, new.data.workers = "elsewhere", 9
+    assert differing_keys(old, new) == []
+    new.optim.base_lr, new.model.encoder = 0.5, "resnet18"
+    assert differing_keys(old, new) == ["model.encoder: resnet50 → resnet18", "optim.base_lr: 0.0002 → 0.5"]
+
+
+def test_names_that_the_schema_repeats_are_right() -> None:
+    assert sparse.BACKENDS == BACKENDS
+    for key in FREE_KEYS:
+        section, name = key.split(".")
+        assert hasattr(getattr(Config(), section), name)
