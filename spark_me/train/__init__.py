@@ -1,0 +1,1 @@
+"""Pretraining: from a configuration to a run directory with checkpoints, curves and pictures."""

@@ -1,0 +1,61 @@
+"""Writing files so that a crash, a kill or a full disk leaves the previous content whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from spark_me.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes `path`'s place only once it lies complete on the disk.
+
+    Raises:
+        UserError: if the disk is full or the place not writable; `path` is as before.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failure to write into one line.
+
+    Raises:
+        UserError: in place of an OSError, also of one that torch.save replaced by an error of its own.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{path}: cannot be written ({cause.strerror}): free space or choose another run.dir") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", errors="surrogateescape"))
+
+
+def _sync_directory(path: Path) -> None:
+    # Without this the rename itself may be lost in a power cut.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

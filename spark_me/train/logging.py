@@ -1,0 +1,81 @@
+"""What a run tells: a progress bar for the eye, TensorBoard and metrics.jsonl for later."""
+
+import sys
+import time
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from spark_me.train.metrics import MetricsFile
+from spark_me.train.run_directory import RunDirectory
+
+BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt} · {postfix[text]} · {remaining} left"
+
+
+class RunLog:
+    """Reports of the main process."""
+
+    def __init__(self, run: RunDirectory, *, steps: int, steps_per_epoch: int, first_step: int, log_every: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.epochs = steps // steps_per_epoch
+        self.log_every = log_every
+        self._metrics = MetricsFile(run.metrics, first_step)
+        # Events of steps that a resumed run does again are hidden by the purge.
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
+        self._postfix = {"text": "starting"}
+        # A log file gets one line an epoch instead of a bar.
+        self._bar = tqdm(
+            total=steps,
+            initial=first_step,
+            desc=self._describe(first_step),
+            bar_format=BAR,
+            postfix=self._postfix,
+            disable=not sys.stderr.isatty(),
+        )
+        self._rate = _Rate()
+
+    def step(self, step: int, values: dict[str, float], images: int) -> None:
+        """Report a step: `step` done so far, its values by name, the images it took."""
+        rate = self._rate.add(images)
+        self._postfix["text"] = f"loss {values['loss']:.4f} · {rate:.0f} images/s"
+        self._bar.set_description_str(self._describe(step - 1), refresh=False)
+        self._bar.update()
+        if step % self.log_every == 0 or step % self.steps_per_epoch == 0:
+            self._write(step, {**values, "images_per_second": rate})
+            self._rate = _Rate()
+
+    def epoch(self, step: int, loss: float, held_out_loss: float | None) -> None:
+        """Report the end of an epoch, with the loss of its last step and the held-out loss if it was measured."""
+        line = f"{self._describe(step - 1)} · step {step} · loss {loss:.4f}"
+        if held_out_loss is not None:
+            self._write(step, {"held_out_loss": held_out_loss})
+            line += f" · held-out {held_out_loss:.4f}"
+        self._bar.write(line)
+        self._rate = _Rate()  # what happens between epochs is not training
+
+    def close(self) -> None:
+        """Finish the bar and the event file."""
+        self._bar.close()
+        self._board.close()
+
+    def _describe(self, steps_before: int) -> str:
+        return f"epoch {min(steps_before // self.steps_per_epoch + 1, self.epochs)}/{self.epochs}"
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        entry: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch, **values}
+        self._metrics.append(entry)
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+class _Rate:
+    """Images per second since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._images = 0
+
+    def add(self, images: int) -> float:
+        self._images += images
+        return self._images / (time.perf_counter() - self._start)

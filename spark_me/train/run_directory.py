@@ -1,0 +1,81 @@
+"""The directory of a run: what lies where, whose it is, and which checkpoint to go on from."""
+
+from pathlib import Path
+from typing import Any
+
+from spark_me.config import Config, differing_keys, load_config, to_yaml
+from spark_me.errors import UserError
+from spark_me.train.checkpoint import config_of, list_checkpoints, read_checkpoint
+from spark_me.train.files import write_text, writing
+
+
+class RunDirectory:
+    """Paths of a run. A directory belongs to one configuration."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self.loss_plot = self.path / "loss.png"
+        self.picture = self.path / "reconstruction.png"
+        self.unreadable = self.path / "unreadable.txt"
+
+    def check(self, config: Config) -> None:
+        """Refuse a directory that another run owns; writes nothing.
+
+        Raises:
+            UserError: if it holds another configuration, or checkpoints that this run would overwrite.
+        """
+        if self.config.is_file():
+            different = differing_keys(load_config(self.config), config)
+            if different:
+                raise UserError(
+                    f"{self.path}: holds a run of another configuration ({'; '.join(different)}): "
+                    "choose another run.dir, or go back to that configuration"
+                )
+        if config.run.resume == "never" and list_checkpoints(self.checkpoints):
+            raise UserError(f"{self.path}: holds a run, and run.resume=never: choose another run.dir, or resume=auto")
+
+    def create(self, config: Config) -> None:
+        """Make the directory and write the resolved configuration into it."""
+        with writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, to_yaml(config))
+
+    def find_checkpoint(self, config: Config) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint that `run.resume` asks for, read; None to start afresh.
+
+        Raises:
+            UserError: if it does not load, is of another configuration, or is older than what the directory holds.
+        """
+        resume = config.run.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return self._newest_that_loads()
+        path = Path(resume)
+        content = read_checkpoint(path)
+        different = differing_keys(config_of(content, path), config)
+        if different:
+            raise UserError(f"{path}: is of another run ({'; '.join(different)}): use its configuration")
+        newer = [other for other in list_checkpoints(self.checkpoints) if _step_of(other) > content["step"]]
+        if newer:
+            raise UserError(f"{path}: run.dir holds newer ones, up to {newer[-1].name}: choose another run.dir")
+        return path, content
+
+    def _newest_that_loads(self) -> tuple[Path, dict[str, Any]] | None:
+        paths = list_checkpoints(self.checkpoints)
+        for path in reversed(paths):
+            try:
+                return path, read_checkpoint(path)
+            except UserError as error:
+                print(f"spark-me: skipped a damaged checkpoint: {error}")
+        if paths:
+            raise UserError(f"{self.checkpoints}: none of {len(paths)} checkpoints loads: choose another run.dir")
+        return None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))

@@ -1,0 +1,60 @@
+"""Learning rate and weight decay as pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from spark_me.config_schema import Config
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up, then cosine, for the learning rate; cosine over the whole run for weight decay.
+
+    Steps count from 0; the last one is `steps` - 1.
+    """
+
+    steps: int
+    warmup_steps: int
+    peak_lr: float
+    warmup_start_factor: float
+    end_factor: float
+    weight_decay: float
+    weight_decay_end: float
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step."""
+        if step < self.warmup_steps:
+            start = self.warmup_start_factor
+            return self.peak_lr * (start + (1 - start) * step / self.warmup_steps)
+        progress = (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps)
+        return self.peak_lr * _cosine(1.0, self.end_factor, progress)
+
+    def decay(self, step: int) -> float:
+        """Weight decay of a step, for the parameters that have any."""
+        return _cosine(self.weight_decay, self.weight_decay_end, step / max(1, self.steps - 1))
+
+    def apply(self, optimizer: Optimizer, step: int) -> None:
+        """Set both in an optimizer made by `build_optimizer`."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(step)
+            group["weight_decay"] = self.decay(step) if group["decayed"] else 0.0
+
+
+def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """The schedule of a run; the peak is base_lr · batch_size / 256."""
+    optim = config.optim
+    return Schedule(
+        steps=config.train.epochs * steps_per_epoch,
+        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+        peak_lr=optim.base_lr * config.train.batch_size / 256,
+        warmup_start_factor=optim.warmup_start_factor,
+        end_factor=optim.end_factor,
+        weight_decay=optim.weight_decay,
+        weight_decay_end=optim.weight_decay_end,
+    )
+
+
+def _cosine(start: float, end: float, progress: float) -> float:
+    return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * progress))

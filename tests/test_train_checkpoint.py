@@ -1,0 +1,172 @@
+"""Checkpoints: complete, safe to load, and never lost to a full disk."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spark_me import build_model
+from spark_me.config import Config
+from spark_me.config_schema import DataConfig
+from spark_me.errors import UserError
+from spark_me.spark import SparK
+from spark_me.train.checkpoint import (
+    TrainState,
+    config_of,
+    list_checkpoints,
+    load_model,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+)
+from spark_me.train.optim import build_optimizer
+
+
+CONFIG = Config(data=DataConfig(root="images"))
+
+
+def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    model = build_model(encoder, image_size=(64, 64), decoder_width=32, backend="fused")
+    return TrainState(model, build_optimizer(model, Config().optim))
+
+
+def save(folder: Path, state: TrainState, keep_last: int = 3) -> Path:
+    return save_checkpoint(
+        folder, state, CONFIG, steps_per_epoch=10, data_fingerprint="4 files", keep_last=keep_last
+    )
+
+
+def take_step(state: TrainState) -> None:
+    state.optimizer.zero_grad()
+    state.model(torch.randn(2, 3, 64, 64)).backward()
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.01
+    state.optimizer.step()
+    state.step += 1
+
+
+@pytest.fixture(scope="module")
+def trained() -> TrainState:
+    state = make_state()
+    take_step(state)
+    state.step = 23
+    state.unreadable["a.png"] = "truncated"
+    return state
+
+
+def test_everything_comes_back(trained: TrainState, tmp_path: Path) -> None:
+    path = save(tmp_path, trained)
+    content = read_checkpoint(path)
+    assert (content["step"], content["epoch"], content["step_in_epoch"]) == (23, 2, 3)
+    assert content["samples_seen"] == 23 * CONFIG.train.batch_size
+    assert content["versions"]["torch"] == torch.__version__
+    assert config_of(content, path) == CONFIG
+
+    expected_draw = torch.rand(3)
+    other = make_state(seed=9)
+    restore(other, content, path)
+    assert torch.equal(torch.rand(3), expected_draw)
+    assert other.step == 23
+    assert other.unreadable == {"a.png": "truncated"}
+    # The next step is bitwise the same, so weights, statistics and moments are.
+    torch.manual_seed(5)
+    take_step(other)
+    same = make_state(seed=3)
+    restore(same, content, path)
+    torch.manual_seed(5)
+    take_step(same)
+    for name, value in same.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name]), name
+    fresh = read_checkpoint(path)["optimizer"]["state"]
+    assert torch.equal(fresh[0]["exp_avg"], trained.optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_only_the_newest_are_kept(trained: TrainState, tmp_path: Path) -> None:
+    for step in (1, 2, 10, 300):
+        trained.step = step
+        save(tmp_path, trained, keep_last=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010.pt", "step_00000300.pt"]
+    assert len(list(tmp_path.iterdir())) == 2
+    trained.step = 23
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_truncated(trained: TrainState, tmp_path: Path, share: float) -> None:
+    path = save(tmp_path, trained)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    expect_one_line(path, "is truncated or no checkpoint")
+
+
+def test_missing(tmp_path: Path) -> None:
+    expect_one_line(tmp_path / "none.pt", "no such checkpoint")
+
+
+def test_foreign_file(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
+    expect_one_line(tmp_path / "foreign.pt", "is no pretraining checkpoint of spark_me")
+    (tmp_path / "text.pt").write_text("hello")
+    expect_one_line(tmp_path / "text.pt", "is truncated or no checkpoint")
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    # A whole pickled module would need its class to be called.
+    torch.save(nn.Linear(1, 1), tmp_path / "module.pt")
+    expect_one_line(tmp_path / "module.pt", "is truncated or no checkpoint")
+
+
+def expect_one_line(path: Path, what: str) -> None:
+    with pytest.raises(UserError, match=what) as caught:
+        read_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_another_model(trained: TrainState, tmp_path: Path) -> None:
+    path = save(tmp_path, trained)
+    other: SparK = build_model("resnet34", image_size=(64, 64), decoder_width=32)
+    with pytest.raises(UserError, match="is of another model") as caught:
+        load_model(other, read_checkpoint(path), path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from test_train_checkpoint import make_state, save
+from spark_me.errors import UserError
+
+folder = Path(sys.argv[1])
+state = make_state()
+state.step = 1
+save(folder, state)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+state.step = 2
+try:
+    save(folder, state, keep_last=1)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_disk_that_fills_up_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    # A limit on file size fails inside torch.save as a full disk does; it needs a process of its own.
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=True,
+    )
+    assert [path.name for path in folder.iterdir()] == ["step_00000001.pt"]
+    assert read_checkpoint(folder / "step_00000001.pt")["step"] == 1
+    (line,) = result.stdout.splitlines()
+    assert "step_00000002.pt: cannot be written" in line
+    assert f"the last good checkpoint is {folder / 'step_00000001.pt'}" in line
