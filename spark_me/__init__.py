@@ -52,7 +52,7 @@ def build_model(
     mask_ratio: float = 0.6,
     decoder_width: int = 512,
     drop_path: float | None = None,
-    backend: str = "minkowski",
+    backend: str = "fused",
 ) -> "SparK":
     """Build a SparK model with random weights.
 

@@ -40,7 +40,7 @@ class SparK(nn.Module):
         in_channels: int = 3,
         mask_ratio: float = 0.6,
         decoder_width: int = 512,
-        backend: str = "minkowski",
+        backend: str = "fused",
     ) -> None:
         super().__init__()
         self.patch_size = encoder.total_stride

@@ -90,10 +90,18 @@ def test_with_features_keeps_the_sites(visible):
 
 
 def test_unknown_backend_names_the_known_ones(visible):
-    with pytest.raises(ValueError, match="choose one of minkowski"):
+    with pytest.raises(ValueError, match="choose one of fused, minkowski"):
         sparse.Pyramid(visible, 8, backend="magic")
 
 
 def test_contract_masks_are_what_they_claim():
     masks = contract_masks().flatten(1).sum(1)
     assert masks[0] == 12 and masks[1] == masks[2] == 1
+
+
+def test_building_one_leaves_the_number_of_threads_alone(visible):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    sparse.Pyramid(visible, 8)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(before)

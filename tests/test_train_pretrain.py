@@ -110,9 +110,7 @@ def test_a_complete_run_is_not_repeated(make_config: MakeConfig, tmp_path: Path)
     assert (run / "loss.png").exists()
 
 
-def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_config: MakeConfig, tmp_path: Path) -> None:
     from spark_me import build_model
     from spark_me.masking import draw_visible_of_samples
     from spark_me.train.reconstruct import load_images

@@ -42,7 +42,12 @@ class Pyramid(ME.CoordinateManager):
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
         on_gpu = visible.device.type == "cuda"
-        super().__init__(D=2, coordinate_map_type=ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU)
+        super().__init__(
+            D=2,
+            # Left to itself, the engine sets the number of OpenMP threads of the whole process.
+            num_threads=torch.get_num_threads(),
+            coordinate_map_type=ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU,
+        )
         self.visible = visible
         self.patch_size = patch_size
         self.backend = backend

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 import spark_me
 from spark_me.config import Config, parse_config, to_yaml
 from spark_me.errors import UserError
+from spark_me.files import atomic_write
 from spark_me.spark import SparK
-from spark_me.train.files import atomic_write
 
 FORMAT = "spark_me.pretrain"
 FORMAT_VERSION = 1

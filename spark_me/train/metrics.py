@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spark_me.train.files import write_text, writing
+from spark_me.files import write_text, writing
 
 
 class MetricsFile:

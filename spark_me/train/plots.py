@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from spark_me.train.files import atomic_write
+from spark_me.files import atomic_write
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "tab:blue", "tab:orange"
 COLUMNS = ("original", "visible pixels", "reconstruction")

@@ -11,10 +11,10 @@ from spark_me.data.files import Files, find_files, fingerprint
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
+from spark_me.files import write_text
 from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState, restore, save_checkpoint
 from spark_me.train.evaluate import held_out_loss
-from spark_me.train.files import write_text
 from spark_me.train.logging import RunLog
 from spark_me.train.loop import train
 from spark_me.train.messages import say_beginning, say_end

@@ -5,8 +5,8 @@ from typing import Any
 
 from spark_me.config import Config, differing_keys, load_config, to_yaml
 from spark_me.errors import UserError
+from spark_me.files import write_text, writing
 from spark_me.train.checkpoint import config_of, list_checkpoints, read_checkpoint
-from spark_me.train.files import write_text, writing
 
 
 class RunDirectory:

@@ -1,7 +1,6 @@
 """Checkpoint files: read without running code, written atomically, with a model card."""
 
 import hashlib
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
+from spark_me.files import atomic_write
 from spark_me.weights.layouts import WRAPPERS, Layout
 
 SAFETENSORS = ".safetensors"
@@ -60,16 +60,18 @@ def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: M
     """
     check_target(path)
     if path.suffix == SAFETENSORS:
-        save_file = _safetensors().save_file
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
-        _write(path, lambda part: save_file(tensors, part, metadata={"format": "pt", **card}))
-    elif layout.wrapper is None:
-        bare = OrderedDict(state)
-        bare._metadata = OrderedDict({CARD: dict(card)})  # type: ignore[attr-defined]
-        _write(path, lambda part: torch.save(bare, part))
+        content = _safetensors().save(tensors, metadata={"format": "pt", **card})
+        with atomic_write(path) as file:
+            file.write(content)
+        return
+    saved: dict[str, Any] = OrderedDict(state)
+    if layout.wrapper is None:
+        saved._metadata = OrderedDict({CARD: dict(card)})  # type: ignore[attr-defined]
     else:
-        content = {layout.wrapper: OrderedDict(state), **layout.extras, CARD: dict(card)}
-        _write(path, lambda part: torch.save(content, part))
+        saved = {layout.wrapper: saved, **layout.extras, CARD: dict(card)}
+    with atomic_write(path) as file:
+        torch.save(saved, file)
 
 
 def read_card(path: Path) -> dict[str, str]:
@@ -132,19 +134,6 @@ def _reading(path: Path, load: Callable[[], Any]) -> Any:
     except Exception as error:  # a damaged archive raises almost anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: damaged or no checkpoint ({reason}): fetch or write it again") from error
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors wrap a full disk differently
-        raise UserError(f"{path}: cannot be written ({error}); nothing was changed") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _safetensors() -> ModuleType:

@@ -43,7 +43,7 @@ def writing(path: Path) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({cause.strerror}): free space or choose another run.dir") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror}): free space, or choose another place") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_me.errors import UserError
-from spark_me.train.files import atomic_write, write_text, writing
+from spark_me.files import atomic_write, write_text, writing
 
 
 def test_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""`spark-me bench`: refuse what does not fit, measure, print, write."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from spark_me.benchmark.case import SCOPES, Case
+from spark_me.benchmark.measure import count_units, measure
+from spark_me.benchmark.plot import draw_sweep
+from spark_me.benchmark.report import format_report, format_sweep
+from spark_me.benchmark.sweep import SWEEPS, cases_of, sweep
+from spark_me.errors import UserError
+from spark_me.files import atomic_write, write_text
+
+
+def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> None:
+    """Measure one case and print it.
+
+    Args:
+        case: what is measured.
+        scope: one of `SCOPES`, or "both".
+        json_file: where all figures go.
+        options: `backends`, `runs`, `warmup`, `memory` of `measure`.
+
+    Raises:
+        UserError: for input that does not fit, before anything is measured.
+    """
+    scopes = _scopes(scope)
+    case.check(scopes)
+    _check_outputs(json_file)
+    with _Progress(count_units(scopes, **options)) as progress:
+        report = measure(case, scopes, advance=progress.advance, **options)
+    print(format_report(report))
+    if json_file is not None:
+        _write_json(json_file, dataclasses.asdict(report))
+
+
+def bench_sweep(
+    case: Case,
+    scope: str,
+    json_file: Path | None,
+    name: str,
+    values: Sequence[float] | None,
+    plot_file: Path | None,
+    **options: Any,
+) -> None:
+    """Measure a case at several values of one property, print the table, draw the plot.
+
+    Args:
+        case: everything that stays the same.
+        scope: one of `SCOPES`, or "both".
+        json_file: where all figures go, anew after each value: a sweep that breaks off leaves its beginning.
+        name: a key of `SWEEPS`.
+        values: None takes those of `SWEEPS`.
+        plot_file: the PNG to draw.
+        options: `backends`, `runs`, `warmup`, `memory` of `measure`.
+
+    Raises:
+        UserError: for input that does not fit, before anything is measured.
+    """
+    scopes = _scopes(scope)
+    values = SWEEPS[name] if values is None else values
+    cases_of(case, name, values, scopes)
+    if plot_file is not None and plot_file.suffix != ".png":
+        raise UserError(f"--plot {plot_file}: the picture is a PNG, so end the name in .png")
+    _check_outputs(json_file, plot_file)
+    with _Progress(len(values) * count_units(scopes, **options)) as progress:
+        for result in sweep(case, name, values, scopes, advance=progress.advance, **options):
+            if json_file is not None:
+                _write_json(json_file, result.as_dict())
+    print(format_sweep(result))
+    if plot_file is not None:
+        with atomic_write(plot_file) as file:
+            file.write(draw_sweep(result))
+
+
+class _Progress:
+    """A bar on stderr that names what is running; a log file gets none."""
+
+    def __init__(self, units: int) -> None:
+        self._bar = tqdm(total=units, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
+        self._begun = False
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self, label: str) -> None:
+        """One unit is over, if any had begun; the next one is called `label`."""
+        self._bar.set_description_str(label, refresh=False)
+        self._bar.update(int(self._begun))
+        self._begun = True
+
+
+def _scopes(scope: str) -> tuple[str, ...]:
+    return SCOPES if scope == "both" else (scope,)
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """A measurement takes long: a place that cannot be written to should not show at its end."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it")
+        if not path.parent.is_dir():
+            raise UserError(f"{path}: there is no folder {path.parent}: make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: the folder {path.parent} is not writable: choose another")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,121 @@
+"""Measurements as text for the screen."""
+
+from collections.abc import Sequence
+
+from spark_me.benchmark.machine import Machine
+from spark_me.benchmark.results import Report, Row, ScopeResult
+from spark_me.benchmark.sweep import Sweep
+from spark_me.benchmark.workloads import BACKENDS
+
+MISSING = "n/a"
+
+
+def format_report(report: Report) -> str:
+    """Machine, case, and a table for each scope."""
+    case = report.case
+    height, width = case.image_size
+    facts = [
+        f"{case.encoder}, batch {case.batch}, {height}×{width} pixels, mask ratio {case.mask_ratio:g} "
+        f"({report.visible_patches} of {report.patches} patches visible), {case.dtype}, on {case.device}",
+        _counts(report),
+    ]
+    return "\n".join([*_head(report.machine), *facts, *(_scope_text(report, result) for result in report.scopes)])
+
+
+def format_sweep(sweep: Sweep) -> str:
+    """Machine, then medians of every backend at every value, and the straight line where one was fitted."""
+    first = sweep.reports[0]
+    case = first.case
+    lines = [*_head(first.machine), f"{case.encoder}, {case.dtype}, on {case.device}; {_constants(sweep)}"]
+    lines.append(_counts(first))
+    for scope in (result.scope for result in first.scopes):
+        columns = {backend: sweep.medians(scope, backend) for backend in BACKENDS}
+        columns = {backend: seconds for backend, seconds in columns.items() if seconds}
+        rows = [[sweep.name, "visible share", *(f"{backend} s" for backend in columns)]]
+        for index, (value, share) in enumerate(zip(sweep.values, sweep.shares())):
+            rows.append([f"{value:g}", f"{share:.3f}", *(f"{seconds[index]:.4f}" for seconds in columns.values())])
+        lines += ["", f"{scope}, forward + backward, median seconds", *_align(rows)]
+        lines += _line_text(sweep, scope)
+    return "\n".join(lines)
+
+
+def _head(machine: Machine) -> list[str]:
+    versions = " · ".join(f"{name} {version}" for name, version in machine.versions.items())
+    lines = [f"spark-me bench · {machine.date}", versions, f"{machine.processor} · {machine.threads} threads"]
+    if machine.gpu is not None:
+        allowed = [name for name, allowed in (machine.tf32 or {}).items() if allowed]
+        lines.append(f"{machine.gpu} · TF32 for {' and '.join(allowed) or 'nothing'}")
+    return lines
+
+
+def _counts(report: Report) -> str:
+    return f"{report.runs} interleaved runs after {report.warmup} for warm-up"
+
+
+def _scope_text(report: Report, result: ScopeResult) -> str:
+    header = ["backend", "memory format", "median s", "min–max s", "images/s"]
+    header += ["× masked_dense", "× dense", "÷ floor", "activations MiB", "÷ masked_dense"]
+    lines = ["", f"{result.scope}, forward + backward", *_align([header, *map(_cells, result.rows)], left=2)]
+    if any(row.yardstick for row in result.rows):
+        lines.append("*: the faster memory format, which the others are compared with")
+    if result.floor_seconds is not None:
+        unreachable = "; no step reaches it, as its decoder is dense by the method" if result.scope == "step" else ""
+        share = f"{report.visible_patches}/{report.patches}"
+        lines.append(f"floor: {result.floor_seconds:.4f} s, the dense time × {share}{unreachable}")
+    if result.tables is not None:
+        share = f"{result.tables.share:.1%} of the encoder's time"
+        lines.append(f"pyramid and neighbour tables of fused: {result.tables.seconds:.4f} s, {share}")
+    return "\n".join(lines)
+
+
+def _cells(row: Row) -> list[str]:
+    mebibytes = None if row.activation_bytes is None else row.activation_bytes / 2**20
+    return [
+        row.backend,
+        "-" if row.memory_format is None else row.memory_format + " *" * row.yardstick,
+        f"{row.median:.4f}",
+        f"{row.fastest:.4f}–{row.slowest:.4f}",
+        f"{row.images_per_second:.2f}",
+        _number(row.speed_to_masked_dense, 2),
+        _number(row.speed_to_dense, 2),
+        _number(row.ratio_to_floor, 2),
+        _number(mebibytes, 0),
+        _number(row.activation_ratio, 2),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def _line_text(sweep: Sweep, scope: str) -> list[str]:
+    line = sweep.line(scope)
+    if line is None:
+        return []
+    text = f"fused: {line.intercept:.4f} s + {line.slope:.4f} s × visible share, at most {line.deviation:.1%} off it"
+    dense = sweep.medians(scope, "dense")
+    if dense and 1.0 in sweep.shares():
+        whole = sweep.shares().index(1.0)
+        text += f"; with everything visible {sweep.medians(scope, 'fused')[whole] / dense[whole]:.2f} × dense"
+    return [text]
+
+
+def _constants(sweep: Sweep) -> str:
+    case = sweep.reports[0].case
+    height, width = case.image_size
+    constants = {"batch": f"batch {case.batch}", "image_size": f"{height}×{width} pixels"}
+    constants["mask_ratio"] = f"mask ratio {case.mask_ratio:g}"
+    return ", ".join(text for name, text in constants.items() if name != sweep.name)
+
+
+def _align(rows: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Columns of equal width: the first `left` flush left, the others, which are numbers, flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
