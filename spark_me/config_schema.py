@@ -12,8 +12,8 @@ class ModelConfig:
 
     encoder: str = "resnet50"
     """Name of the encoder, for example resnet18 or resnet50."""
-    backend: str = "minkowski"
-    """How the sparse layers compute: minkowski (the engine's own kernels) or fused (ours, on the engine's maps)."""
+    backend: str = "fused"
+    """How the sparse layers compute: fused (our kernels) or minkowski (the engine's own)."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])
     """[height, width] of the training images in pixels; both multiples of 32, they may differ."""
     in_channels: int = 3

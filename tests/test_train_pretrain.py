@@ -158,6 +158,18 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path)
     assert not (tmp_path / "third").exists()
 
 
+def test_a_named_checkpoint_goes_on_with_another_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
+    pretrain(make_config())
+    last = tmp_path / "run" / "checkpoints" / "step_00000004.pt"
+    overrides = [f"run.dir={tmp_path / 'other'}", f"run.resume={last}", "optim.base_lr=0.05", "train.epochs=3"]
+    pretrain(make_config(*overrides))
+    lines = read_metrics(tmp_path / "other" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "lr" in line] == [5, 6]
+    assert all(0 < line["lr"] < 0.05 * 4 / 256 for line in lines if "lr" in line)
+    other_order = make_config(*overrides, "run.seed=1")
+    assert "run.seed: 0 → 1" in message_of(other_order)
+
+
 def test_damaged_newest_checkpoint_falls_back_aloud(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

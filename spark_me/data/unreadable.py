@@ -36,6 +36,6 @@ class UnreadableFiles:
         if len(self.reasons) > self.most:
             path, reason = next(iter(new.items()))
             raise UserError(
-                f"{len(self.reasons)} of {self.files} images are unreadable (see unreadable.txt in run.dir), the last is "
-                f"{path} ({reason}): repair or remove them, or raise data.max_unreadable={self.share}"
+                f"{len(self.reasons)} of {self.files} images are unreadable (see unreadable.txt in run.dir), the last "
+                f"is {path} ({reason}): repair or remove them, or raise data.max_unreadable={self.share}"
             )

@@ -64,6 +64,6 @@ def _backward(state: TrainState, loss: Tensor, clip_norm: float | None) -> float
 def _require_finite(what: str, value: float, steps_done: int) -> None:
     if not math.isfinite(value):
         raise UserError(
-            f"the {what} is {value} at step {steps_done + 1}; the step was not taken, the last checkpoint is good: "
-            "lower optim.base_lr or use train.precision=fp32"
+            f"the {what} is {value} at step {steps_done + 1}; the step was not taken: go on from the last "
+            "checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or train.precision=fp32"
         )

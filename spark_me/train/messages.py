@@ -55,7 +55,7 @@ def say_end(run: RunDirectory) -> None:
     print(f"curves    {_command('tensorboard')} --logdir {run.tensorboard}")
     reconstruct = f"reconstruct {list_checkpoints(run.checkpoints)[-1]} YOUR_PHOTO.jpg --out photo.png"
     print(f"try       {_command('spark-me')} {reconstruct}")
-    own = "pretrain configs/pretrain/resnet50.yaml data.root=/path/to/your/images run.dir=runs/mine"
+    own = "pretrain configs/pretrain/small.yaml data.root=/path/to/images run.dir=runs/mine"
     print(f"next      {_command('spark-me')} {own}")
 
 

@@ -8,6 +8,10 @@ from spark_me.errors import UserError
 from spark_me.files import write_text, writing
 from spark_me.train.checkpoint import config_of, list_checkpoints, read_checkpoint
 
+# What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
+# images step N sees.
+CHANGEABLE = ("optim.", "train.epochs:", "train.precision:")
+
 
 class RunDirectory:
     """Paths of a run. A directory belongs to one configuration."""
@@ -58,11 +62,12 @@ class RunDirectory:
         path = Path(resume)
         content = read_checkpoint(path)
         different = differing_keys(config_of(content, path), config)
-        if different:
-            raise UserError(f"{path}: is of another run ({'; '.join(different)}): use its configuration")
+        fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
+        if fixed:
+            raise UserError(f"{path}: is of another run ({'; '.join(fixed)}): use its configuration for these keys")
         newer = [other for other in list_checkpoints(self.checkpoints) if _step_of(other) > content["step"]]
         if newer:
-            raise UserError(f"{path}: run.dir holds newer ones, up to {newer[-1].name}: choose another run.dir")
+            raise UserError(f"{path}: run.dir holds newer ones, up to {newer[-1].name}: take another, or resume=auto")
         return path, content
 
     def _newest_that_loads(self) -> tuple[Path, dict[str, Any]] | None:
