@@ -1,6 +1,6 @@
 """What several test modules need: masks that cover the exactness contract, random norms, relative errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,6 +26,15 @@ def contract_masks() -> Tensor:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they save on maps of a few pixels."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

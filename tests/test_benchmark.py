@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,13 +28,7 @@ MASKED = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channe
 DENSE = [Variant("dense", "contiguous"), Variant("dense", "channels_last")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on maps of a few pixels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeWorkload:

@@ -1,10 +1,8 @@
 """`spark-me bench` as typed: what it prints and writes, and what it refuses."""
 
 import json
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from spark_me.cli import main
 
@@ -12,13 +10,7 @@ TINY_ARGUMENTS = "bench --encoder resnet18 --batch 2 --image-size 64 --mask-rati
 QUICK = "--runs 1 --warmup 0 --no-memory"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on maps of a few pixels."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(arguments: str, *more: str) -> int:

@@ -67,6 +67,14 @@ class Neighbours:
         """Sites along a patch's side at `stride`."""
         return self.patch_size // stride
 
+    def positions(self, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Image, y and x of every site at `stride`, y and x counted in sites: three int64 [N], canonical order."""
+        side = self.side(stride)
+        within = torch.arange(side, device=self._patches.device)
+        image, row, column = (part[:, None, None] for part in self._patches.unbind(1))
+        image, y, x = torch.broadcast_tensors(image, row * side + within[:, None], column * side + within)
+        return image.flatten(), y.flatten(), x.flatten()
+
     def of_sites(self, window: Window) -> Tensor:
         """int64 [N_out, K]: the input row under each kernel offset of each output site."""
         key = ("sites", window)
@@ -113,13 +121,10 @@ class Neighbours:
         """As `pairs` of an odd, centred kernel, with outputs at every place of the dense map [B·h·w]."""
         key = ("raster", stride, kernel_size)
         if key not in self._pairs:
-            images, grid_rows, grid_columns = self._visible.shape
+            _, grid_rows, grid_columns = self._visible.shape
             side, reach = self.side(stride), kernel_size // 2
             height, width = grid_rows * side, grid_columns * side
-            within = torch.arange(side, device=self._patches.device)
-            image, row, column = (part[:, None, None] for part in self._patches.unbind(1))
-            image, y, x = torch.broadcast_tensors(image, row * side + within[:, None], column * side + within)
-            image, y, x = image.flatten(), y.flatten(), x.flatten()
+            image, y, x = self.positions(stride)
             pairs = []
             for offset in range(kernel_size**2):
                 across, down = divmod(offset, kernel_size)

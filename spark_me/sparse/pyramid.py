@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import EngineError
-from spark_me.masking import upsample_visible
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Neighbours
 
@@ -53,7 +52,6 @@ class Pyramid(ME.CoordinateManager):
         self.backend = backend
         self.neighbours = Neighbours(visible, patch_size)
         self.strides = tuple(2**level for level in range(patch_size.bit_length()))
-        self._patches = visible.nonzero()  # [patches, 3]: image, patch row, patch column; row-major
         self._keys = {stride: self._insert(stride) for stride in self.strides}
         self._raster_indices: dict[int, Tensor] = {}
 
@@ -69,27 +67,20 @@ class Pyramid(ME.CoordinateManager):
 
     def coordinates(self, stride: int) -> Tensor:
         """int64 [N, 3], (image, y, x) in pixels of the sites at `stride`, canonical order."""
-        offsets = torch.arange(0, self.patch_size, stride, device=self.visible.device)
-        zero = torch.zeros_like(offsets[:1])
-        within = torch.cartesian_prod(zero, offsets, offsets).view(-1, 3)
-        corners = self._patches * torch.tensor([1, self.patch_size, self.patch_size], device=self.visible.device)
-        return (corners[:, None] + within).flatten(0, 1)
+        image, y, x = self.neighbours.positions(stride)
+        return torch.stack([image, y * stride, x * stride], dim=1)
 
     def raster_index(self, stride: int) -> Tensor:
         """int64 [N], each site's place in a dense [B, H/s, W/s] map, flattened."""
         if stride not in self._raster_indices:
-            image, y, x = self.coordinates(stride).unbind(1)
+            image, y, x = self.neighbours.positions(stride)
             _, height, width = self.extent(stride)
-            self._raster_indices[stride] = (image * height + y // stride) * width + x // stride
+            self._raster_indices[stride] = (image * height + y) * width + x
         return self._raster_indices[stride]
 
     def image_index(self, stride: int) -> Tensor:
         """int64 [N], the image that each site belongs to."""
-        return self._patches[:, 0].repeat_interleave((self.patch_size // stride) ** 2)
-
-    def visible_sites(self, stride: int) -> Tensor:
-        """bool [B, H/s, W/s], the mask at the resolution of `stride`."""
-        return upsample_visible(self.visible, self.patch_size // stride)
+        return self.neighbours.positions(stride)[0]
 
     def _insert(self, stride: int) -> "ME.CoordinateMapKey":
         coordinates = self.coordinates(stride).int().contiguous()
