@@ -1,6 +1,7 @@
 """The dense hierarchical decoder (paper, section 3.3)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ class DecoderBlock(nn.Module):
         self.upsample = nn.ConvTranspose2d(in_channels, in_channels, 4, stride=2, padding=1)
         self.conv1 = nn.Conv2d(in_channels, in_channels, 3, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(in_channels)
-        self.activation = nn.ReLU6(inplace=True)
         self.conv2 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
 
@@ -27,7 +27,7 @@ class DecoderBlock(nn.Module):
             x = upsample_and_convolve(x, self.upsample.weight, self.upsample.bias, self.conv1.weight)
         else:
             x = self.conv1(self.upsample(x))
-        return self.norm2(self.conv2(self.activation(self.norm1(x))))
+        return self.norm2(self.conv2(_ReLU6.apply(self.norm1(x))))
 
 
 class Decoder(nn.Module):
@@ -55,6 +55,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(*pair) for pair in zip(self.widths, self.widths[1:]))
         self.projection = nn.Conv2d(self.widths[-1], out_channels, 1)
         self._initialise()
+        self.to(memory_format=torch.channels_last)  # as its maps are, or each weight is copied at each step
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Densified maps, deep to shallow, [B, widths[i], fh·2^i, fw·2^i] → normalised pixels [B, C, H, W]."""
@@ -72,6 +73,21 @@ class Decoder(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+
+class _ReLU6(torch.autograd.Function):
+    """ReLU6 in place. Its gradient follows from the output; torch's own in-place version copies its input first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x.clamp_(0, 6))
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, out, 0.0, 6.0)
 
 
 def patch_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:

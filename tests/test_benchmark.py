@@ -97,9 +97,9 @@ def test_line_and_its_deviation():
     exact = fit_line([0.1, 0.5, 1.0], [1.2, 2.0, 3.0])
     assert (exact.intercept, exact.slope) == (pytest.approx(1), pytest.approx(2))
     assert exact.deviation == pytest.approx(0, abs=1e-9)
-    # least squares by hand: the line is 0.5 + 1.5 x, the first point lies 0.5 above its 0.5
+    # by hand, with weights 1, 1 and 1/4: the line is (6 + 3 x) / 7, the last point lies 16/7 above its 12/7
     bent = fit_line([0, 1, 2], [1, 1, 4])
-    assert (bent.intercept, bent.slope, bent.deviation) == tuple(map(pytest.approx, (0.5, 1.5, 1.0)))
+    assert (bent.intercept, bent.slope, bent.deviation) == tuple(map(pytest.approx, (6 / 7, 3 / 7, 4 / 3)))
 
 
 def invented_sweep(name: str, values: list[float], fused: list[float]) -> Sweep:

@@ -159,10 +159,11 @@ def test_two_runs_with_one_seed_are_bitwise_equal(backend):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_bf16_autocast_is_close_to_float64(backend, visible):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_close_to_float64(dtype, backend, visible):
     model, oracle = twins("resnet18", torch.float32, backend=backend)
     images = torch.randn(len(visible), 3, 96, 128)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         loss = model(images, visible)
     expected = oracle.double()(images.double(), visible)
     assert abs(loss.item() / expected.item() - 1) < 1e-2

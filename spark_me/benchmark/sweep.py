@@ -67,8 +67,12 @@ class Sweep:
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:
-    """Least-squares line through points, and how far they stray from it."""
-    slope, intercept = np.polyfit(x, y, 1)
+    """The line of least squared relative distances, and how far the points stray from it.
+
+    Distances count relative to the points, as they are reported: times span a factor of ten, and in plain least squares
+    the largest would decide.
+    """
+    slope, intercept = np.polyfit(x, y, 1, w=1 / np.asarray(y))
     line = intercept + slope * np.asarray(x)
     return Line(float(intercept), float(slope), float(np.max(np.abs(np.asarray(y) - line) / line)))
 
