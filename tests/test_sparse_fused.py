@@ -16,7 +16,16 @@ def rows(neighbours, stride, channels=2):
 
 
 @pytest.mark.parametrize(
-    "window", [Window(2, 3, 1), Window(1, 3, 2), Window(4, 3, 1), Window(4, 3, 2), Window(8, 3, 2), Window(8, 1, 2)]
+    "window",
+    [
+        Window(2, 3, 1),
+        Window(1, 3, 2),
+        Window(4, 3, 1),
+        Window(4, 3, 2),
+        Window(8, 3, 2),
+        Window(8, 1, 2),
+        Window(2, 4, 4),
+    ],
 )
 def test_convolution_gradcheck(window):
     neighbours = Neighbours(VISIBLE, PATCH)
