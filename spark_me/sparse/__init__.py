@@ -1,6 +1,9 @@
 """Sparse tensors and layers on MinkowskiEngine: the only part of spark_me that imports it."""
 
-from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, ReLU, add
+from spark_me.sparse.activations import GELU, Hardswish, LeakyReLU, ReLU, SiLU
+from spark_me.sparse.images import mean_over_images, spread_over_sites, sum_over_images
+from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, add
+from spark_me.sparse.norms import GlobalResponseNorm, LayerNorm
 from spark_me.sparse.pyramid import BACKENDS, Pyramid
 from spark_me.sparse.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from spark_me.sparse.tensor import (
@@ -15,20 +18,29 @@ from spark_me.sparse.tensor import (
 
 __all__ = [
     "BACKENDS",
+    "GELU",
     "AvgPool2d",
     "BatchNorm",
     "Conv2d",
     "DropPath",
+    "GlobalResponseNorm",
+    "Hardswish",
+    "LayerNorm",
+    "LeakyReLU",
     "MaxPool2d",
     "Pyramid",
     "ReLU",
+    "SiLU",
     "SparseTensor",
     "SyncBatchNorm",
     "add",
     "at_stride",
-    "convolution_to_dense",
     "convert_sync_batchnorm",
+    "convolution_to_dense",
+    "mean_over_images",
+    "spread_over_sites",
     "stride_of",
+    "sum_over_images",
     "to_dense",
     "to_sparse",
     "with_features",

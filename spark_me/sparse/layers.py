@@ -7,7 +7,6 @@ under autocast they compute in the dtype of the parameters.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from spark_me.sparse import fused
 from spark_me.sparse.minkowski import ME
@@ -72,17 +71,6 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return with_features(x, super().forward(x.F))
-
-
-class ReLU(nn.Module):
-    """max(x, 0) at every site; `inplace` overwrites the features of `x`, as in `torch.nn.ReLU`."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
-        self.inplace = inplace
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return with_features(x, functional.relu(x.F, self.inplace))
 
 
 class DropPath(nn.Module):
