@@ -50,6 +50,21 @@ def test_gradcheck(stride, visible):
         assert torch.autograd.gradgradcheck(lambda x, f=function: f(x, pyramid, stride), (operand,))
 
 
+@pytest.mark.parametrize("stride", [2, 8])
+def test_scale_images(stride, visible, assert_close):
+    pyramid = sparse.Pyramid(visible, PATCH)
+    rows, factors = rows_at(pyramid, stride), torch.randn(len(visible), 3, dtype=torch.float64, requires_grad=True)
+    expected = rows.detach() * factors.detach()[image_of_row(visible, stride)]
+    assert_close(images.scale_images(rows, factors, pyramid, stride), expected)
+    assert torch.autograd.gradcheck(lambda *x: images.scale_images(*x, pyramid, stride), (rows, factors))
+
+
+def test_global_average(visible, assert_close):
+    x = sparse.to_sparse(torch.randn(6, 3, 12, 16, dtype=torch.float64), sparse.Pyramid(visible, PATCH), 2)
+    image = image_of_row(visible, 2)
+    assert_close(sparse.global_average(x), torch.stack([x.F[image == number].mean(0) for number in range(6)]))
+
+
 @pytest.mark.parametrize("part_bytes", [1, 2**30])
 def test_sum_of_products_whatever_the_size_of_a_part(part_bytes, visible, monkeypatch, assert_close):
     monkeypatch.setattr(images, "PART_BYTES", part_bytes)

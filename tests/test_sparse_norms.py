@@ -4,6 +4,7 @@ import pytest
 import timm.layers.grn
 import torch
 from conftest import randomise
+from torch import nn
 
 from spark_me import sparse
 from spark_me.sparse.norms import _GlobalResponseNorm
@@ -137,3 +138,64 @@ def test_layer_norm_is_per_site(visible, assert_close):
         return centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
 
     compare(layer, normalise, visible, 4, assert_close)
+
+
+def group_norm(rows, groups, layer):
+    grouped = rows.view(len(rows), groups, -1)
+    mean = grouped.mean((0, 2), keepdim=True)
+    variance = (grouped - mean).square().mean((0, 2), keepdim=True)
+    normalised = ((grouped - mean) / (variance + layer.eps).sqrt()).view_as(rows)
+    return normalised if layer.weight is None else normalised * layer.weight + layer.bias
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+@pytest.mark.parametrize(
+    "layer, groups",
+    [
+        (sparse.GroupNorm(2, 6), 2),
+        (sparse.GroupNorm(1, 6, eps=1e-3), 1),
+        (sparse.GroupNorm(3, 6, affine=False), 3),
+        (sparse.InstanceNorm2d(6, affine=True), 6),
+        (sparse.InstanceNorm2d(6), 6),
+    ],
+    ids=repr,
+)
+def test_group_and_instance_norm_are_per_image(layer, groups, stride, visible, backend, assert_close):
+    randomise(layer.double())
+    compare(layer, lambda rows: group_norm(rows, groups, layer), visible, stride, assert_close, backend)
+
+
+@pytest.mark.parametrize(
+    "layer, dense_layer",
+    [
+        (sparse.GroupNorm(2, 6), nn.GroupNorm(2, 6)),
+        (sparse.InstanceNorm2d(6, affine=True), nn.InstanceNorm2d(6, affine=True)),
+        (sparse.InstanceNorm2d(6), nn.InstanceNorm2d(6)),
+    ],
+    ids=repr,
+)
+def test_group_and_instance_norm_equal_torchs_when_all_is_visible(layer, dense_layer, assert_close):
+    visible = torch.ones(2, 3, 4, dtype=torch.bool)
+    dense_layer.double().load_state_dict(randomise(layer.double()).state_dict())
+    ours, theirs = (dense_input(visible, 4) for _ in range(2))
+    actual = sparse.to_dense(layer(sparse.to_sparse(ours, sparse.Pyramid(visible, PATCH), 4)))
+    expected = dense_layer(theirs)
+    assert_close(actual, expected, "output")
+    upstream = torch.randn_like(expected)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    assert_close(ours.grad, theirs.grad, "input gradient")
+
+
+def test_a_large_mean_does_not_cancel(visible, assert_close):
+    dense = dense_input(visible, 2).detach()
+    pyramid = sparse.Pyramid(visible, PATCH)
+    layer = sparse.GroupNorm(2, 6)
+    expected = layer.double()(sparse.to_sparse(dense, pyramid, 2)).F
+    shifted = layer.float()(sparse.to_sparse((dense + 3000).float(), pyramid, 2)).F
+    assert (shifted.double() - expected).abs().max() < 5e-3
+
+
+def test_group_norm_keeps_half_precision(visible):
+    half = sparse.to_sparse(dense_input(visible, 2).bfloat16(), sparse.Pyramid(visible, PATCH), 2)
+    assert sparse.GroupNorm(2, 6)(half).F.dtype == torch.bfloat16

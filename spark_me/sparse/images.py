@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from spark_me.sparse.pyramid import Pyramid
+from spark_me.sparse.tensor import SparseTensor, stride_of
 
 PART_BYTES = 2**20
 """On CPU, products are summed in parts of about this size: they stay in cache and never fill an [N, C] buffer."""
@@ -29,6 +31,16 @@ def mean_over_images(features: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
 def spread_over_sites(of_images: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
     """Give every site its image's values: [B, C] → [N, C] at `stride`. The adjoint of `sum_over_images`."""
     return _Spread.apply(of_images, pyramid, stride)
+
+
+def scale_images(features: Tensor, factors: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
+    """Multiply the sites of each image by its own factors: features [N, C] at `stride` by [B, C], → [N, C]."""
+    return _Scale.apply(features, factors, pyramid, stride)
+
+
+def global_average(x: SparseTensor) -> Tensor:
+    """Global average pooling: the mean of each image's visible sites, [B, C]; half precision as float32."""
+    return mean_over_images(x.F, x.coordinate_manager, stride_of(x))
 
 
 def sites_of_images(pyramid: Pyramid, stride: int) -> Tensor:
@@ -90,6 +102,24 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return _Sum.apply(gradient, ctx.pyramid, ctx.stride).to(ctx.dtype), None, None
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, factors: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
+        ctx.save_for_backward(features, factors)
+        ctx.pyramid, ctx.stride = pyramid, stride
+        scaled = patch_blocks(features, pyramid, stride) * spread_over_patches(factors.to(features.dtype), pyramid)
+        return scaled.view_as(features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        features, factors = ctx.saved_tensors
+        blocks, grad_blocks = (patch_blocks(part, ctx.pyramid, ctx.stride) for part in (features, gradient))
+        grad_blocks_in = grad_blocks * spread_over_patches(factors.to(gradient.dtype), ctx.pyramid)
+        grad_factors = sum_products_over_images(grad_blocks, blocks, ctx.pyramid).to(factors.dtype)
+        return grad_blocks_in.view_as(features), grad_factors, None, None
 
 
 def _sum_patches(of_patches: Tensor, pyramid: Pyramid) -> Tensor:

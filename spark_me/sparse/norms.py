@@ -8,9 +8,12 @@ from torch.autograd.function import once_differentiable
 
 from spark_me.sparse.images import (
     accumulation_dtype,
+    mean_over_images,
     patch_blocks,
     patches_in_part,
+    scale_images,
     spread_over_patches,
+    spread_over_sites,
     sum_products_over_images,
 )
 from spark_me.sparse.pyramid import Pyramid
@@ -25,6 +28,29 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return with_features(x, super().forward(x.F))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation: mean and biased variance of each image's groups of channels, over its visible sites."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(groups, channels, eps=eps, affine=affine)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return _normalise_images(x, self.num_groups, self.eps, self.weight, self.bias)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """Instance normalisation: mean and biased variance of each image's channels, over its visible sites.
+
+    An image with a single site has no variance: its normalised features are zero, where torch refuses to train.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = False) -> None:
+        super().__init__(channels, eps=eps, affine=affine)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return _normalise_images(x, self.num_features, self.eps, self.weight, self.bias)
 
 
 class GlobalResponseNorm(nn.Module):
@@ -45,6 +71,27 @@ class GlobalResponseNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self.gamma)}"
+
+
+def _normalise_images(
+    x: SparseTensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> SparseTensor:
+    """Statistics over each image's sites and groups of channels, in float32 at least; the dtype of x is kept."""
+    pyramid, stride = x.coordinate_manager, stride_of(x)
+    rows = x.F.to(accumulation_dtype(x.F))
+    mean = _mean_of_groups(mean_over_images(rows, pyramid, stride), groups)
+    # Two passes: E[x²] − E[x]² would cancel where the mean is large.
+    centred = rows - spread_over_sites(mean, pyramid, stride)
+    variance = _mean_of_groups(mean_over_images(centred.square(), pyramid, stride), groups)
+    factors = torch.rsqrt(variance + eps)
+    normalised = scale_images(centred, factors if weight is None else factors * weight, pyramid, stride)
+    return with_features(x, (normalised if bias is None else normalised + bias).to(x.F.dtype))
+
+
+def _mean_of_groups(of_channels: Tensor, groups: int) -> Tensor:
+    """Give every channel its group's mean: [B, C] → [B, C]."""
+    grouped = of_channels.view(len(of_channels), groups, -1)
+    return grouped.mean(dim=2, keepdim=True).expand_as(grouped).reshape_as(of_channels)
 
 
 class _GlobalResponseNorm(torch.autograd.Function):
