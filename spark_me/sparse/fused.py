@@ -11,6 +11,8 @@ Two exact formulations, chosen by how many outputs a patch has along its side:
 Neither keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from spark_me.sparse.grouped import multiply, multiply_rows, multiply_transposed
 from spark_me.sparse.neighbours import Neighbours, Pairs, Window
 from spark_me.sparse.tiles import fold, images_of, rows_of, tiles_of
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
@@ -26,26 +29,27 @@ MIN_TILE_SIDE = 8
 """Outputs along a patch's side from which tiles are faster than gathering (docs/benchmarks.md)."""
 
 
-def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours, groups: int = 1) -> Tensor:
     """Sparse convolution of rows [N_in, Cin] → [N_out, Cout].
 
     Args:
         rows: features at `window.in_stride`, canonical order.
-        kernel: [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1.
-        window: kernel size and strides.
+        kernel: [K, Cin/groups, Cout], or [Cin/groups, Cout] for 1×1 stride 1.
+        window: kernel size, strides and dilation.
         neighbours: the pyramid's tables.
+        groups: in how many groups the channels fall, as in `torch.nn.Conv2d`.
     """
     if window.kernel_size == 1:
         if window.stride > 1:
             side = neighbours.side(window.in_stride) // window.stride
             blocks = rows.view(-1, side, window.stride, side, window.stride, rows.shape[1])
             rows = blocks[:, :, 0, :, 0].reshape(-1, rows.shape[1])
-        return rows @ kernel.view(kernel.shape[-2:])
-    if window.kernel_size == window.stride and window.before == 0:
+        return multiply(rows, kernel.view(kernel.shape[-2:]), groups)
+    if window.span == window.stride and window.before == 0 and groups == 1:
         return _patchify(rows, kernel, window, neighbours)
     if neighbours.side(window.out_stride) >= MIN_TILE_SIDE:
-        return _TileConvolution.apply(rows, kernel, window, neighbours)
-    return _PairConvolution.apply(rows, kernel, neighbours.pairs(window), neighbours.sites(window.out_stride))
+        return _TileConvolution.apply(rows, kernel, window, neighbours, groups)
+    return _PairConvolution.apply(rows, kernel, neighbours.pairs(window), neighbours.sites(window.out_stride), groups)
 
 
 def convolution_to_raster(rows: Tensor, kernel: Tensor, pairs: list[Pairs], places: int) -> Tensor:
@@ -57,12 +61,18 @@ def convolution_to_raster(rows: Tensor, kernel: Tensor, pairs: list[Pairs], plac
         pairs: from `Neighbours.pairs_to_raster`.
         places: B·h·w.
     """
-    return _PairConvolution.apply(rows, kernel, pairs, places)
+    return _PairConvolution.apply(rows, kernel, pairs, places, 1)
 
 
 def max_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
     """Maximum over the visible sites under the kernel: [N_in, C] → [N_out, C]."""
-    return _TileMaxPool.apply(rows, window, neighbours)
+    return _TilePool.apply(rows, window, neighbours, functional.max_pool2d, float("-inf"))
+
+
+def average_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    """Mean over the visible sites under the kernel: [N_in, C] → [N_out, C]."""
+    sums = partial(functional.avg_pool2d, divisor_override=1)
+    return _TilePool.apply(rows, window, neighbours, sums, 0.0) / neighbours.counts(window)
 
 
 def _patchify(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
@@ -77,12 +87,12 @@ def _patchify(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbou
 
 class _TileConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours, groups: int) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.window, ctx.neighbours = window, neighbours
+        ctx.window, ctx.neighbours, ctx.groups = window, neighbours, groups
         tiles = tiles_of(rows, window, neighbours, empty=0.0)
         weight = kernel_to_weight(kernel, window.kernel_size).contiguous(memory_format=torch.channels_last)
-        return rows_of(functional.conv2d(tiles, weight, stride=window.stride))
+        return rows_of(functional.conv2d(tiles, weight, None, window.stride, 0, window.dilation, groups))
 
     @staticmethod
     @once_differentiable
@@ -98,25 +108,25 @@ class _TileConvolution(torch.autograd.Function):
             None,
             [window.stride, window.stride],
             [0, 0],
-            [1, 1],
+            [window.dilation, window.dilation],
             False,
             [0, 0],
-            1,
+            ctx.groups,
             [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False],
         )
         grad_rows = fold(grad_tiles, window, neighbours) if ctx.needs_input_grad[0] else None
         grad_kernel = weight_to_kernel(grad_weight, kernel.shape) if ctx.needs_input_grad[1] else None
-        return grad_rows, grad_kernel, None, None
+        return grad_rows, grad_kernel, None, None, None
 
 
 class _PairConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, kernel: Tensor, pairs: list[Pairs], out_rows: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, kernel: Tensor, pairs: list[Pairs], out_rows: int, groups: int) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.pairs = pairs
+        ctx.pairs, ctx.groups = pairs, groups
         out = rows.new_zeros(out_rows, kernel.shape[2])
         for offset, inputs, outputs in ctx.pairs:
-            out.index_add_(0, outputs, rows.index_select(0, inputs) @ kernel[offset])
+            out.index_add_(0, outputs, multiply(rows.index_select(0, inputs), kernel[offset], groups))
         return out
 
     @staticmethod
@@ -128,19 +138,20 @@ class _PairConvolution(torch.autograd.Function):
         for offset, inputs, outputs in ctx.pairs:
             grad_outputs = gradient.index_select(0, outputs)
             if grad_rows is not None:
-                grad_rows.index_add_(0, inputs, grad_outputs @ kernel[offset].t())
+                grad_rows.index_add_(0, inputs, multiply_transposed(grad_outputs, kernel[offset], ctx.groups))
             if grad_kernel is not None:
-                torch.mm(rows.index_select(0, inputs).t(), grad_outputs, out=grad_kernel[offset])
-        return grad_rows, grad_kernel, None, None
+                multiply_rows(rows.index_select(0, inputs), grad_outputs, ctx.groups, out=grad_kernel[offset])
+        return grad_rows, grad_kernel, None, None, None
 
 
-class _TileMaxPool(torch.autograd.Function):
+class _TilePool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, window: Window, neighbours: Neighbours, pool: Callable[..., Tensor], empty: float
+    ) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.window, ctx.neighbours = window, neighbours
-        tiles = tiles_of(rows, window, neighbours, empty=float("-inf"))
-        return rows_of(functional.max_pool2d(tiles, window.kernel_size, window.stride))
+        ctx.window, ctx.neighbours, ctx.pool, ctx.empty = window, neighbours, pool, empty
+        return rows_of(pool(tiles_of(rows, window, neighbours, empty), window.kernel_size, window.stride))
 
     @staticmethod
     @once_differentiable
@@ -148,7 +159,7 @@ class _TileMaxPool(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         window, neighbours = ctx.window, ctx.neighbours
         with torch.enable_grad():
-            tiles = tiles_of(rows, window, neighbours, empty=float("-inf")).requires_grad_()
-            pooled = functional.max_pool2d(tiles, window.kernel_size, window.stride)
+            tiles = tiles_of(rows, window, neighbours, ctx.empty).requires_grad_()
+            pooled = ctx.pool(tiles, window.kernel_size, window.stride)
         (grad_tiles,) = torch.autograd.grad(pooled, tiles, images_of(gradient, pooled.shape[2]))
-        return fold(grad_tiles, window, neighbours), None, None
+        return fold(grad_tiles, window, neighbours), None, None, None, None

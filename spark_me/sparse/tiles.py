@@ -1,5 +1,7 @@
 """Visible patches with a halo of their neighbours, as small dense images for torch's dense operators."""
 
+import itertools
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,23 +24,26 @@ def tiles_of(rows: Tensor, window: Window, neighbours: Neighbours, empty: float)
 
 def _tile_length(window: Window, neighbours: Neighbours) -> int:
     out_side = neighbours.side(window.out_stride)
-    return (out_side - 1) * window.stride + window.kernel_size
+    return (out_side - 1) * window.stride + window.span
 
 
 def fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
     """Adjoint of `tiles_of`: add every tile's halo to the patch that it came from, [M, C, L, L] → [N, C]."""
     side, length, start = neighbours.side(window.in_stride), tiles.shape[2], window.before
     images = tiles.permute(0, 2, 3, 1)
-    folded = images[:, start : start + side, start : start + side].contiguous()
-    steps = [(down, across) for down in (-1, 0, 1) for across in (-1, 0, 1) if down or across]
-    for down, across in steps:
+    folded = images[:, start : start + side, start : start + side]
+    unread = side - folded.shape[1]  # a kernel shorter than its stride leaves the patch's last sites out
+    folded = functional.pad(folded, (0, 0, 0, unread, 0, unread)).contiguous()
+    patches = -(-max(start, length - start - side) // side)  # that the halo reaches over
+    steps = range(-patches, patches + 1)
+    around = neighbours.of_tiles(neighbours.patch_size, -patches, len(steps))
+    for down, across in itertools.product(steps, steps):
         # the tile of the patch `down`, `across` of mine starts here in my coordinates
         mine_y, theirs_y = _overlap(down * side - start, length, side)
         mine_x, theirs_x = _overlap(across * side - start, length, side)
-        if mine_y.start < mine_y.stop and mine_x.start < mine_x.stop:
-            adjacent = neighbours.of_tiles(neighbours.patch_size, -1, 3)[:, 1 + down, 1 + across]
+        if (down or across) and mine_y.start < mine_y.stop and mine_x.start < mine_x.stop:
             halo = functional.pad(images[:, theirs_y, theirs_x], (0, 0, 0, 0, 0, 0, 0, 1))
-            folded[:, mine_y, mine_x] += halo.index_select(0, adjacent)
+            folded[:, mine_y, mine_x] += halo.index_select(0, around[:, patches + down, patches + across])
     return folded.view(-1, tiles.shape[1])
 
 

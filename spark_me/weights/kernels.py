@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 def kernel_to_weight(kernel: Tensor, kernel_size: int) -> Tensor:
-    """MinkowskiEngine's kernel [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1, to torch's weight [Cout, Cin, k, k]."""
+    """MinkowskiEngine's kernel [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1, to torch's weight [Cout, Cin, k, k].
+
+    A grouped layer's [K, Cin/groups, Cout] becomes [Cout, Cin/groups, k, k]: both keep a group's outputs together.
+    """
     in_channels, out_channels = kernel.shape[-2:]
     return kernel.reshape(kernel_size, kernel_size, in_channels, out_channels).permute(3, 2, 1, 0).contiguous()
 
