@@ -18,9 +18,10 @@ def test_round_trip_is_bitwise(kernel_size, stride):
 
 @pytest.mark.parametrize("kernel_size, stride", [(1, 1), (3, 1), (3, 2)])
 def test_a_grouped_layer_becomes_torchs(kernel_size, stride):
-    layer = sparse.Conv2d(6, 8, kernel_size, stride, groups=2)
-    dense = nn.Sequential(nn.Conv2d(6, 8, kernel_size, stride, groups=2, bias=False))
-    dense.load_state_dict(to_dense_state({"0.kernel": layer.kernel.detach()}, dense))
+    layer = sparse.Conv2d(6, 8, kernel_size, stride, groups=2, bias=True)
+    dense = nn.Sequential(nn.Conv2d(6, 8, kernel_size, stride, groups=2))
+    dense.load_state_dict(to_dense_state(nn.Sequential(layer).state_dict(), dense))
+    assert torch.equal(dense[0].bias, layer.bias[0])
     kernel = layer.kernel.detach().view(kernel_size, kernel_size, 3, 8)
     for down, across, channel_in, channel_out in itertools.product(range(kernel_size), range(kernel_size), [1], [5]):
         expected = kernel[across, down, channel_in, channel_out]

@@ -32,7 +32,7 @@ def to_dense_state(state: Mapping[str, Tensor], dense: nn.Module) -> dict[str, T
     """Bring a sparse model's state dict to the layout of its dense twin, whose module types drive the conversion.
 
     Args:
-        state: tensors named as in the sparse model; a convolution's is `….kernel`.
+        state: tensors named as in the sparse model; a convolution's are `….kernel` and `….bias`.
         dense: a module with the same names, `….weight` for its convolutions.
 
     Returns:
@@ -43,4 +43,6 @@ def to_dense_state(state: Mapping[str, Tensor], dense: nn.Module) -> dict[str, T
         kernel = converted.pop(f"{name}.kernel", None) if isinstance(module, nn.Conv2d) else None
         if kernel is not None:
             converted[f"{name}.weight"] = kernel_to_weight(kernel, module.kernel_size[0])
+            if f"{name}.bias" in converted:
+                converted[f"{name}.bias"] = converted[f"{name}.bias"].flatten()
     return converted
