@@ -147,7 +147,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 
 def _convolve(rows: Tensor, kernel: Tensor, bias: Tensor | None, layout: _Layout) -> Tensor:
-    weight = kernel_to_weight(kernel[:, None], layout.kernel_size)
+    weight = kernel_to_weight(kernel, layout.kernel_size)
     images = layout.inputs(rows)
     return layout.rows(functional.conv2d(images, weight, bias, padding=layout.padding, groups=rows.shape[1]))
 
