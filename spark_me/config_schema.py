@@ -11,7 +11,7 @@ class ModelConfig:
     """The network that is pretrained."""
 
     encoder: str = "resnet50"
-    """Name of the encoder, for example resnet18 or resnet50."""
+    """Name of the encoder, for example resnet50 or convnextv2_tiny."""
     backend: str = "fused"
     """How the sparse layers compute: fused (our kernels) or minkowski (the engine's own)."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])

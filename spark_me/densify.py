@@ -10,15 +10,16 @@ from spark_me.sparse import SparseTensor
 class Densify(nn.Module):
     """One scale: norm over visible sites, a learned mask token at every empty site, a projection to the decoder."""
 
-    def __init__(self, channels: int, width: int, kernel_size: int) -> None:
+    def __init__(self, channels: int, width: int, kernel_size: int, norm: type[nn.Module] = sparse.BatchNorm) -> None:
         """
         Args:
             channels: of the encoder's features.
             width: of the decoder at this scale.
             kernel_size: of the projection, 1 at the deepest scale and 3 elsewhere.
+            norm: from a number of channels, a norm of sparse tensors.
         """
         super().__init__()
-        self.norm = sparse.BatchNorm(channels)
+        self.norm = norm(channels)
         self.mask_token = nn.Parameter(torch.empty(1, channels, 1, 1))
         # The published models project even equal widths, except at the deepest scale.
         identity = kernel_size == 1 and channels == width

@@ -52,7 +52,7 @@ class SparK(nn.Module):
         self.decoder = Decoder(decoder_width, self.patch_size, in_channels)
         deep_to_shallow = zip(encoder.channels[::-1], self.decoder.widths)
         self.densify = nn.ModuleList(
-            Densify(channels, width, kernel_size=3 if level else 1)
+            Densify(channels, width, kernel_size=3 if level else 1, norm=encoder.densify_norm)
             for level, (channels, width) in enumerate(deep_to_shallow)
         )
 

@@ -23,6 +23,7 @@ from spark_me.errors import UserError
 from spark_me.masked_dense import MaskedDenseSparK
 
 TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)
+CONVNEXTS = ("convnext_tiny", "convnextv2_atto")
 FUSED, MINKOWSKI = Variant("fused", None), Variant("minkowski", None)
 MASKED = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channels_last")]
 DENSE = [Variant("dense", "contiguous"), Variant("dense", "channels_last")]
@@ -156,8 +157,9 @@ def test_all_backends_in_both_scopes():
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("variant", variants_of(BACKENDS), ids=str)
-def test_a_pass_reaches_every_parameter(scope, variant):
-    workload = Workload(TINY, scope, variant)
+@pytest.mark.parametrize("encoder", ["resnet18", *CONVNEXTS])
+def test_a_pass_reaches_every_parameter(encoder, scope, variant):
+    workload = Workload(dataclasses.replace(TINY, encoder=encoder), scope, variant)
     workload.run()
     assert all(parameter.grad is not None for parameter in workload.model.parameters())
     workload.clear()
@@ -188,8 +190,9 @@ def test_short_dtypes_compute_in_themselves(dtype):
     assert seen == {getattr(torch, dtype)}
 
 
-def test_dense_step_is_the_simulation_with_everything_visible():
-    dense, masked = DenseSparK("resnet18", 32).double(), MaskedDenseSparK("resnet18", decoder_width=32).double()
+@pytest.mark.parametrize("encoder", ["resnet18", *CONVNEXTS])
+def test_dense_step_is_the_simulation_with_everything_visible(encoder):
+    dense, masked = DenseSparK(encoder, 32).double(), MaskedDenseSparK(encoder, decoder_width=32).double()
     randomise(masked)
     state = {name.replace("encoder.", "encoder.network."): value for name, value in masked.state_dict().items()}
     dense.load_state_dict({name: value for name, value in state.items() if not name.endswith("mask_token")})
@@ -198,11 +201,13 @@ def test_dense_step_is_the_simulation_with_everything_visible():
     assert relative_error(dense.predict(images, everything), masked.predict(images, everything)) < 1e-9
 
 
-def test_tables_are_those_that_a_pass_asks_for():
-    calls = calls_of_a_pass(TINY)
+@pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
+def test_tables_are_those_that_a_pass_asks_for(encoder):
+    case = dataclasses.replace(TINY, encoder=encoder)
+    calls = calls_of_a_pass(case)
     assert len(calls) == len(set(calls)) > 0
-    _, visible = TINY.draw()
-    neighbours = sparse.Pyramid(visible, TINY.patch_size, "fused").neighbours
+    _, visible = case.draw()
+    neighbours = sparse.Pyramid(visible, case.patch_size, "fused").neighbours
     built = [getattr(neighbours, method)(*arguments) for method, arguments in calls]
     again = [getattr(neighbours, method)(*arguments) for method, arguments in calls]
     assert all(first is second for first, second in zip(built, again) if isinstance(first, torch.Tensor))

@@ -29,6 +29,14 @@ def test_command_prints_and_writes(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_command_compares_a_convnext_with_all_backends(capsys):
+    arguments = TINY_ARGUMENTS.replace("resnet18", "convnextv2_atto")
+    assert run(f"{arguments} {QUICK} --scope both") == 0
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"\n{backend} ") == 2 for backend in ("fused", "minkowski"))
+    assert all(printed.count(f"\n{backend} ") == 4 for backend in ("masked_dense", "dense"))
+
+
 def test_command_sweeps(capsys, tmp_path):
     table, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
     outputs = ["--json", str(table), "--plot", str(plot)]

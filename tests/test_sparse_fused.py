@@ -16,7 +16,16 @@ def rows(neighbours, stride, channels=2):
 
 
 @pytest.mark.parametrize(
-    "window", [Window(2, 3, 1), Window(1, 3, 2), Window(4, 3, 1), Window(4, 3, 2), Window(8, 3, 2), Window(8, 1, 2)]
+    "window",
+    [
+        Window(2, 3, 1),
+        Window(1, 3, 2),
+        Window(4, 3, 1),
+        Window(4, 3, 2),
+        Window(8, 3, 2),
+        Window(8, 1, 2),
+        Window(2, 4, 4),
+    ],
 )
 def test_convolution_gradcheck(window):
     neighbours = Neighbours(VISIBLE, PATCH)
@@ -25,6 +34,21 @@ def test_convolution_gradcheck(window):
         lambda x, k: fused.convolution(x, k, window, neighbours), (rows(neighbours, window.in_stride), kernel),
         fast_mode=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("groups, dilation", [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "window", [Window(2, 3, 1), Window(1, 3, 2), Window(4, 3, 1), Window(16, 3, 1), Window(8, 1, 2), Window(2, 2, 2)]
+)
+def test_grouped_and_dilated_convolution_gradcheck(window, groups, dilation):
+    window = window._replace(dilation=dilation)
+    neighbours = Neighbours(VISIBLE, PATCH)
+    kernel = torch.randn(window.kernel_size**2, 4 // groups, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, k: fused.convolution(x, k, window, neighbours, groups),
+        (rows(neighbours, window.in_stride, 4), kernel),
+        fast_mode=True,
+    )
 
 
 def test_convolution_to_raster_gradcheck():
@@ -36,11 +60,12 @@ def test_convolution_to_raster_gradcheck():
     )
 
 
-@pytest.mark.parametrize("window", [Window(2, 3, 2), Window(2, 2, 2)])
-def test_max_pool_gradcheck(window):
+@pytest.mark.parametrize("pool", [fused.max_pool, fused.average_pool])
+@pytest.mark.parametrize("window", [Window(2, 3, 2), Window(2, 2, 2), Window(2, 2, 4), Window(16, 3, 1)])
+def test_pool_gradcheck(window, pool):
     neighbours = Neighbours(VISIBLE, PATCH)
     assert torch.autograd.gradcheck(
-        lambda x: fused.max_pool(x, window, neighbours), (rows(neighbours, 2),), fast_mode=True
+        lambda x: pool(x, window, neighbours), (rows(neighbours, window.in_stride),), fast_mode=True
     )
 
 

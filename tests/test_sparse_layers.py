@@ -14,9 +14,8 @@ PATCH = 8
 DTYPES = [torch.float64, torch.float32]
 
 
-def dense_input(dtype, channels=5, stride=1):
+def dense_input(dtype, channels=5, side=PATCH):
     visible = contract_masks()
-    side = PATCH // stride
     generator = torch.Generator().manual_seed(11)
     return torch.randn(len(visible), channels, 3 * side, 4 * side, dtype=torch.float64, generator=generator).to(dtype)
 
@@ -59,6 +58,52 @@ def test_convolution(kernel_size, stride, bias, dtype, backend, assert_close):
         assert_close(layer.bias.grad.flatten(), constant.grad, "bias gradient")
 
 
+@pytest.mark.parametrize("groups, dilation", [(3, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("side, stride", [(16, 2), (8, 1), (8, 2), (4, 1), (4, 2), (2, 1), (2, 2), (1, 1)])
+def test_grouped_and_dilated_convolution(side, stride, kernel_size, groups, dilation, backend, assert_close):
+    """`side` is the number of input sites along a patch's side: both formulations of the fused backend take part."""
+    layer = sparse.Conv2d(6, 12, kernel_size, stride, groups, dilation, bias=True).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    ours, theirs = (dense_input(torch.float64, 6, side).requires_grad_() for _ in range(2))
+    weight = kernel_to_weight(layer.kernel.detach(), kernel_size).requires_grad_()
+    assert weight.shape == (12, 6 // groups, kernel_size, kernel_size)
+    constant = layer.bias.detach().flatten().requires_grad_()
+
+    visible = contract_masks()
+    sites = sparse.to_sparse(ours, sparse.Pyramid(visible, 16, backend), 16 // side)
+    actual = sparse.to_dense(layer(sites))
+    before = dilation * (kernel_size // 2) if kernel_size % 2 else 0
+    after = dilation * (kernel_size - 1)  # more than is read: rows beyond the border are cropped with the output
+    padded = functional.pad(theirs * mask_at(visible, theirs.shape[2]), (before, after, before, after))
+    expected = functional.conv2d(padded, weight, constant, stride, 0, dilation, groups)
+    expected = expected[:, :, : actual.shape[2], : actual.shape[3]]
+    expected = expected * mask_at(visible, expected.shape[2])
+    assert_close(actual, expected, "output")
+
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    actual.backward(upstream)
+    expected.backward(upstream)
+    assert_close(ours.grad, theirs.grad, "input gradient")
+    assert_close(kernel_to_weight(layer.kernel.grad, kernel_size), weight.grad, "kernel gradient")
+    assert_close(layer.bias.grad.flatten(), constant.grad, "bias gradient")
+
+
+def test_a_grouped_convolution_starts_as_torchs_does():
+    layer = sparse.Conv2d(8, 6, 3, groups=2, bias=True)
+    bound = (9 * 4) ** -0.5
+    assert 0.9 * bound < layer.kernel.abs().max() <= bound
+    assert layer.bias.abs().max() <= bound
+    assert layer.in_channels == 8
+
+
+@pytest.mark.parametrize("groups, dilation", [(2, 1), (0, 1), (1, 0)])
+def test_convolution_refuses_impossible_settings(groups, dilation):
+    with pytest.raises(ValueError, match=r"^(groups=|dilation must)"):
+        sparse.Conv2d(5, 6, 3, groups=groups, dilation=dilation)
+
+
 def windows(x, kernel_size, stride):
     """For every output site of every image: (output place, the visible input sites under the kernel)."""
     visible = mask_at(contract_masks(), x.shape[2])[:, 0]
@@ -75,10 +120,15 @@ def windows(x, kernel_size, stride):
 
 
 @pytest.mark.parametrize("layer_class, reduce", [(sparse.MaxPool2d, torch.amax), (sparse.AvgPool2d, torch.mean)])
-@pytest.mark.parametrize("kernel_size, stride", [(3, 2), (2, 2)])
-def test_pooling_ignores_empty_sites(layer_class, reduce, kernel_size, stride, backend, assert_close):
-    ours, theirs = (dense_input(torch.float64, channels=2).requires_grad_() for _ in range(2))
-    actual = sparse.to_dense(layer_class(kernel_size, stride)(sparse.to_sparse(ours, pyramid(backend))))
+@pytest.mark.parametrize(
+    "side, kernel_size, stride",
+    # kernels that overlap, touch, leave sites out, and reach over several patches
+    [(8, 3, 2), (8, 2, 2), (8, 2, 4), (4, 3, 1), (2, 3, 2), (2, 5, 1), (1, 3, 1), (1, 5, 1)],
+)
+def test_pooling_ignores_empty_sites(layer_class, reduce, side, kernel_size, stride, backend, assert_close):
+    ours, theirs = (dense_input(torch.float64, 2, side).requires_grad_() for _ in range(2))
+    sites = sparse.to_sparse(ours, pyramid(backend), PATCH // side)
+    actual = sparse.to_dense(layer_class(kernel_size, stride)(sites))
     expected = torch.zeros_like(actual)
     for (image, y, x), sites in windows(theirs, kernel_size, stride):
         values = torch.stack([theirs[i, :, row, column] for i, row, column in sites])
@@ -88,6 +138,15 @@ def test_pooling_ignores_empty_sites(layer_class, reduce, kernel_size, stride, b
     actual.backward(upstream)
     expected.backward(upstream)
     assert_close(ours.grad, theirs.grad, "input gradient")
+
+
+def test_max_pool_of_negative_features_never_takes_an_empty_site(backend):
+    dense = -1 - dense_input(torch.float64).abs()
+    pooled = sparse.MaxPool2d(3, 2)(sparse.to_sparse(dense, pyramid(backend)))
+    assert pooled.F.max() <= -1
+    # the dense simulation fills empty sites with zero, which wins over every negative feature beside it
+    simulated = functional.max_pool2d(dense * mask_at(contract_masks(), dense.shape[2]), 3, 2, padding=1)
+    assert (simulated * mask_at(contract_masks(), simulated.shape[2])).max() == 0 > pooled.F.max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,9 +6,10 @@ from spark_me import sparse
 from spark_me.sparse.neighbours import Neighbours, Window
 
 WINDOWS = [
-    Window(in_stride, kernel_size, stride)
-    for in_stride, kernel_size, stride in [
-        (1, 3, 1), (1, 7, 2), (2, 3, 2), (4, 3, 2), (2, 2, 2), (2, 4, 4), (4, 3, 1), (8, 3, 1), (8, 5, 1), (1, 7, 1)
+    Window(*settings)
+    for settings in [
+        (1, 3, 1), (1, 7, 2), (2, 3, 2), (4, 3, 2), (2, 2, 2), (2, 4, 4), (4, 3, 1), (8, 3, 1), (8, 5, 1), (1, 7, 1),
+        (1, 3, 1, 2), (2, 5, 2, 3), (4, 2, 2, 2), (8, 7, 1, 2),
     ]
 ]  # fmt: skip
 
@@ -21,6 +22,7 @@ def test_tables_equal_the_engines_kernel_maps(window, visible):
         pyramid.key(window.out_stride),
         stride=window.stride,
         kernel_size=window.kernel_size,
+        dilation=window.dilation,
     )
     expected = {
         (offset, row_in, row_out)
@@ -42,6 +44,16 @@ def test_tables_equal_the_engines_kernel_maps(window, visible):
     }
     assert from_table == expected
     assert from_pairs == expected
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_counts_are_the_neighbours_present(window, visible):
+    neighbours = Neighbours(visible, 8)
+    expected = [[0] for _ in range(neighbours.sites(window.out_stride))]
+    for _, _, rows_out in neighbours.pairs(window):
+        for row in rows_out.tolist():
+            expected[row][0] += 1
+    assert neighbours.counts(window).tolist() == expected
 
 
 def test_tiles_hold_each_patch_and_its_halo(visible):

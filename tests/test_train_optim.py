@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from spark_me import build_model
+from spark_me import build_model, sparse
 from spark_me.config_schema import OptimConfig
 from spark_me.train.optim import build_optimizer, parameter_groups
 
@@ -23,6 +23,21 @@ def test_no_decay_on_norms_biases_and_mask_tokens() -> None:
     others = {name for name in free_names if not name.endswith("bias") and "mask_token" not in name}
     assert all("norm" in name or "bn" in name or "downsample.1" in name for name in others)
     assert "encoder.conv1.kernel" in decayed_names
+
+
+@pytest.mark.parametrize("encoder", ["convnext_tiny", "convnextv2_atto"])
+def test_convnexts_decay_matrices_and_kernels_alone(encoder: str) -> None:
+    model = build_model(encoder, image_size=(64, 64), decoder_width=32)
+    decayed, free = parameter_groups(model)
+    expected = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, sparse.Conv2d | sparse.DepthwiseConv2d | nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        for name, parameter in module.named_parameters()
+        if name in ("kernel", "weight")
+    }
+    assert {id(parameter) for parameter in decayed["params"]} == expected
+    assert {id(parameter) for parameter in free["params"]} == {id(p) for p in model.parameters()} - expected
 
 
 @pytest.mark.parametrize("name", ["lamb", "adamw"])

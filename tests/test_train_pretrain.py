@@ -89,6 +89,15 @@ def test_height_and_width_may_differ_in_bf16_without_held_out_images(make_config
     assert not (tmp_path / "run" / "reconstruction.png").exists()
 
 
+@pytest.mark.parametrize("encoder", ["convnext_tiny", "convnextv2_atto"])
+def test_convnexts_are_trained_from_the_command_line(encoder: str, make_config: MakeConfig, tmp_path: Path) -> None:
+    make_config()
+    overrides = [f"model.encoder={encoder}", "train.epochs=1", "optim.name=lamb"]
+    assert cli.main(["pretrain", str(tmp_path / "tiny.yaml"), *overrides]) == 0
+    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert len(losses) == 2 and all(math.isfinite(loss) for loss in losses)
+
+
 def test_one_seed_gives_one_result_and_another_another(make_config: MakeConfig, tmp_path: Path) -> None:
     # The second run differs in everything that may not matter.
     free = ["data.workers=2", "run.log_every_steps=3", "run.evaluate_every_epochs=2", "run.checkpoint_every_steps=1"]

@@ -1,8 +1,11 @@
+import itertools
+
 import pytest
 import torch
+from torch import nn
 
 from spark_me import sparse
-from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
+from spark_me.weights.kernels import kernel_to_weight, to_dense_state, weight_to_kernel
 
 
 @pytest.mark.parametrize("kernel_size, stride", [(1, 1), (1, 2), (2, 2), (3, 1), (7, 2)])
@@ -11,6 +14,19 @@ def test_round_trip_is_bitwise(kernel_size, stride):
     weight = kernel_to_weight(kernel, kernel_size)
     assert weight.shape == (5, 3, kernel_size, kernel_size)
     assert torch.equal(weight_to_kernel(weight, kernel.shape), kernel)
+
+
+@pytest.mark.parametrize("kernel_size, stride", [(1, 1), (3, 1), (3, 2)])
+def test_a_grouped_layer_becomes_torchs(kernel_size, stride):
+    layer = sparse.Conv2d(6, 8, kernel_size, stride, groups=2, bias=True)
+    dense = nn.Sequential(nn.Conv2d(6, 8, kernel_size, stride, groups=2))
+    dense.load_state_dict(to_dense_state(nn.Sequential(layer).state_dict(), dense))
+    assert torch.equal(dense[0].bias, layer.bias[0])
+    kernel = layer.kernel.detach().view(kernel_size, kernel_size, 3, 8)
+    for down, across, channel_in, channel_out in itertools.product(range(kernel_size), range(kernel_size), [1], [5]):
+        expected = kernel[across, down, channel_in, channel_out]
+        assert dense[0].weight[channel_out, channel_in, down, across] == expected
+    assert torch.equal(weight_to_kernel(dense[0].weight, layer.kernel.shape), layer.kernel)
 
 
 def test_offsets_vary_fastest_along_y():

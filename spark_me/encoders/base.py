@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from spark_me import sparse
 from spark_me.sparse import SparseTensor
 
 
@@ -12,12 +13,14 @@ class SparseEncoder(nn.Module):
         strides: of the feature scales, shallow to deep.
         channels: of the feature scales.
         total_stride: the patch size P that masks need; a power of two.
+        densify_norm: from a number of channels, the norm that densifying applies to each feature scale.
         checkpointing: whether blocks keep only their inputs for the backward pass, for less memory and more time.
     """
 
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     total_stride: int
+    densify_norm: type[nn.Module] = sparse.BatchNorm
     checkpointing: bool = False
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:

@@ -31,6 +31,22 @@ RESNETS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet200": ("Bottleneck", (3, 24, 36, 3)),
 }
 
+# Version, number of blocks and channels in each of the four stages.
+CONVNEXTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "convnext_tiny": (1, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": (1, (3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": (1, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": (1, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_atto": (2, (2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": (2, (2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": (2, (2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": (2, (2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": (2, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnextv2_base": (2, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnextv2_large": (2, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_huge": (2, (3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
 
 def _resnet(name: str) -> Callable[[int, float], "SparseEncoder"]:
     block, depths = RESNETS[name]
@@ -43,7 +59,19 @@ def _resnet(name: str) -> Callable[[int, float], "SparseEncoder"]:
     return build
 
 
-# Drop path of the published recipes; none was published for the two small ones, which need none.
+def _convnext(name: str) -> Callable[[int, float], "SparseEncoder"]:
+    def build(in_channels: int, drop_path: float) -> "SparseEncoder":
+        from spark_me.encoders import convnext
+
+        version, depths, widths = CONVNEXTS[name]
+        return convnext.ConvNeXt(version, depths, widths, in_channels, drop_path)
+
+    return build
+
+
+# Drop path of the published recipes: ResNet-50 to -200, ConvNeXt Small to Large, ConvNeXt V2 Tiny. Where none was
+# published, smaller networks get less of it than their published relatives, the smallest none; networks of the sizes of
+# ConvNeXt Base and Large get what those have, and Huge no more than that.
 ENCODERS: dict[str, EncoderEntry] = {
     "resnet18": EncoderEntry(_resnet("resnet18"), drop_path=0.0),
     "resnet34": EncoderEntry(_resnet("resnet34"), drop_path=0.0),
@@ -51,6 +79,18 @@ ENCODERS: dict[str, EncoderEntry] = {
     "resnet101": EncoderEntry(_resnet("resnet101"), drop_path=0.08),
     "resnet152": EncoderEntry(_resnet("resnet152"), drop_path=0.10),
     "resnet200": EncoderEntry(_resnet("resnet200"), drop_path=0.15),
+    "convnext_tiny": EncoderEntry(_convnext("convnext_tiny"), drop_path=0.1),
+    "convnext_small": EncoderEntry(_convnext("convnext_small"), drop_path=0.2),
+    "convnext_base": EncoderEntry(_convnext("convnext_base"), drop_path=0.3),
+    "convnext_large": EncoderEntry(_convnext("convnext_large"), drop_path=0.4),
+    "convnextv2_atto": EncoderEntry(_convnext("convnextv2_atto"), drop_path=0.0),
+    "convnextv2_femto": EncoderEntry(_convnext("convnextv2_femto"), drop_path=0.0),
+    "convnextv2_pico": EncoderEntry(_convnext("convnextv2_pico"), drop_path=0.0),
+    "convnextv2_nano": EncoderEntry(_convnext("convnextv2_nano"), drop_path=0.0),
+    "convnextv2_tiny": EncoderEntry(_convnext("convnextv2_tiny"), drop_path=0.2),
+    "convnextv2_base": EncoderEntry(_convnext("convnextv2_base"), drop_path=0.3),
+    "convnextv2_large": EncoderEntry(_convnext("convnextv2_large"), drop_path=0.4),
+    "convnextv2_huge": EncoderEntry(_convnext("convnextv2_huge"), drop_path=0.4),
 }
 
 

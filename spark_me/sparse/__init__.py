@@ -1,7 +1,13 @@
 """Sparse tensors and layers on MinkowskiEngine: the only part of spark_me that imports it."""
 
-from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, ReLU, add
+from spark_me.sparse.activations import GELU, Hardswish, LeakyReLU, ReLU, SiLU
+from spark_me.sparse.depthwise import DepthwiseConv2d
+from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
+from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, add
+from spark_me.sparse.linear import Linear
+from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
 from spark_me.sparse.pyramid import BACKENDS, Pyramid
+from spark_me.sparse.squeeze_excite import SqueezeExcite
 from spark_me.sparse.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from spark_me.sparse.tensor import (
     SparseTensor,
@@ -15,20 +21,36 @@ from spark_me.sparse.tensor import (
 
 __all__ = [
     "BACKENDS",
+    "GELU",
     "AvgPool2d",
     "BatchNorm",
     "Conv2d",
+    "DepthwiseConv2d",
     "DropPath",
+    "GlobalResponseNorm",
+    "GroupNorm",
+    "Hardswish",
+    "InstanceNorm2d",
+    "LayerNorm",
+    "LeakyReLU",
+    "Linear",
     "MaxPool2d",
     "Pyramid",
     "ReLU",
+    "SiLU",
     "SparseTensor",
+    "SqueezeExcite",
     "SyncBatchNorm",
     "add",
     "at_stride",
-    "convolution_to_dense",
     "convert_sync_batchnorm",
+    "convolution_to_dense",
+    "global_average",
+    "mean_over_images",
+    "scale_images",
+    "spread_over_sites",
     "stride_of",
+    "sum_over_images",
     "to_dense",
     "to_sparse",
     "with_features",

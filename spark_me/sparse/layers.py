@@ -7,43 +7,109 @@ under autocast they compute in the dtype of the parameters.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from spark_me.sparse import fused
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Window
-from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tensor import SparseTensor, at_stride, compute_dtype, stride_of, with_features
+from spark_me.sparse.tensor import SparseTensor, at_stride, compute_dtype, is_fused, stride_of, with_features
 
 
 class Conv2d(ME.MinkowskiConvolution):
     """Sparse convolution: outputs at the visible sites of the output stride, empty neighbours count as zero.
 
-    Odd kernels are centred (padding k // 2), even kernels start at the site (no padding). `kernel` is
-    [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1; `spark_me.weights.kernels` brings it to torch's layout.
+    Odd kernels are centred (padding dilation · (k // 2)), even kernels start at the site (no padding).
+
+    `kernel` is [K, Cin/groups, Cout], or [Cin/groups, Cout] for 1×1 stride 1. As in torch's [Cout, Cin/groups, k, k],
+    the output channels of a group lie side by side; `spark_me.weights.kernels` brings one layout to the other.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        dilation: int = 1,
+        bias: bool = False,
     ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=kernel_size, stride=stride, bias=bias, dimension=2)
+        """
+        Args:
+            in_channels: Cin.
+            out_channels: Cout.
+            kernel_size: k.
+            stride: steps of the output, in sites of the input.
+            groups: in how many groups the channels fall; a group's outputs see its inputs alone.
+            dilation: distance of neighbouring kernel offsets, in sites of the input.
+            bias: whether a constant [1, Cout] is added.
+
+        Raises:
+            ValueError: if `groups` does not divide both numbers of channels, or `dilation` is not positive.
+        """
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} does not divide {in_channels} input and {out_channels} output channels")
+        if dilation < 1:
+            raise ValueError(f"dilation must be at least 1, not {dilation}")
+        super().__init__(
+            in_channels // groups,
+            out_channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            bias=bias,
+            dimension=2,
+        )
+        self.in_channels = in_channels
         self.kernel_size = kernel_size
         self.stride = stride
+        self.groups = groups
+        self.dilation = dilation
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        if not _is_fused(x):
+        if not is_fused(x):
             with torch.autocast(x.F.device.type, enabled=False):
-                return super().forward(with_features(x, x.F.to(self.kernel.dtype)))
+                x = with_features(x, x.F.to(self.kernel.dtype))
+                return super().forward(x) if self.groups == 1 else self._convolve_groups(x)
         dtype = compute_dtype(self.kernel)
-        window = Window(stride_of(x), self.kernel_size, self.stride)
-        rows = fused.convolution(x.F.to(dtype), self.kernel.to(dtype), window, x.coordinate_manager.neighbours)
+        window = Window(stride_of(x), self.kernel_size, self.stride, self.dilation)
+        neighbours = x.coordinate_manager.neighbours
+        rows = fused.convolution(x.F.to(dtype), self.kernel.to(dtype), window, neighbours, self.groups)
         if self.bias is not None:
             rows = rows + self.bias.to(dtype)
         return at_stride(x, window.out_stride, rows)
 
+    def _convolve_groups(self, x: SparseTensor) -> SparseTensor:
+        """Each group through the engine's own convolution, which knows no groups; they share one kernel map."""
+        in_key, manager = x.coordinate_map_key, x.coordinate_manager
+        # the engine fills in an empty key: the first group names the output's sites, the others find them
+        out_key = in_key if self.use_mm else ME.CoordinateMapKey(in_key.get_coordinate_size())
+        groups = []
+        for rows, kernel in zip(x.F.chunk(self.groups, dim=1), self.kernel.chunk(self.groups, dim=-1)):
+            if self.use_mm:
+                groups.append(rows @ kernel)
+            else:
+                settings = self.kernel_generator, self.convolution_mode, in_key, out_key, manager
+                groups.append(self.conv.apply(rows.contiguous(), kernel.contiguous(), *settings))
+        rows = torch.cat(groups, dim=1)
+        if self.bias is not None:
+            rows = rows + self.bias
+        return SparseTensor(rows, coordinate_map_key=out_key, coordinate_manager=manager)
+
+    def reset_parameters(self, is_transpose: bool = False) -> None:
+        """Draw kernel and bias from U(−1/√n, 1/√n), n = K·Cin/groups, as torch and the engine do."""
+        bound = self.kernel[..., 0].numel() ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, groups={self.groups})"
+
 
 class MaxPool2d(ME.MinkowskiMaxPooling):
-    """Maximum over the visible sites under the kernel; empty sites are ignored, not taken as zero."""
+    """Maximum over the visible sites under the kernel; empty sites are ignored, not taken as zero.
+
+    The dense simulation does take them as zero: it agrees for inputs that are nowhere negative, such as after ReLU.
+    """
 
     def __init__(self, kernel_size: int, stride: int) -> None:
         super().__init__(kernel_size=kernel_size, stride=stride, dimension=2)
@@ -51,7 +117,7 @@ class MaxPool2d(ME.MinkowskiMaxPooling):
         self.stride = stride
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        if not _is_fused(x):
+        if not is_fused(x):
             return super().forward(_in_engine_dtype(x))
         window = Window(stride_of(x), self.kernel_size, self.stride)
         return at_stride(x, window.out_stride, fused.max_pool(x.F, window, x.coordinate_manager.neighbours))
@@ -62,9 +128,14 @@ class AvgPool2d(ME.MinkowskiAvgPooling):
 
     def __init__(self, kernel_size: int, stride: int) -> None:
         super().__init__(kernel_size=kernel_size, stride=stride, dimension=2)
+        self.kernel_size = kernel_size
+        self.stride = stride
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return super().forward(_in_engine_dtype(x))
+        if not is_fused(x):
+            return super().forward(_in_engine_dtype(x))
+        window = Window(stride_of(x), self.kernel_size, self.stride)
+        return at_stride(x, window.out_stride, fused.average_pool(x.F, window, x.coordinate_manager.neighbours))
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -72,17 +143,6 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return with_features(x, super().forward(x.F))
-
-
-class ReLU(nn.Module):
-    """max(x, 0) at every site; `inplace` overwrites the features of `x`, as in `torch.nn.ReLU`."""
-
-    def __init__(self, inplace: bool = False) -> None:
-        super().__init__()
-        self.inplace = inplace
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return with_features(x, functional.relu(x.F, self.inplace))
 
 
 class DropPath(nn.Module):
@@ -113,10 +173,6 @@ def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     if x.coordinate_manager is not y.coordinate_manager or x.coordinate_map_key != y.coordinate_map_key:
         raise ValueError("cannot add sparse tensors of different sites")
     return with_features(x, x.F + y.F)
-
-
-def _is_fused(x: SparseTensor) -> bool:
-    return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "fused"
 
 
 def _in_engine_dtype(x: SparseTensor) -> SparseTensor:

@@ -19,11 +19,18 @@ class Window(NamedTuple):
     """k; odd kernels are centred, even ones start at the site."""
     stride: int
     """Steps of the output, in input sites."""
+    dilation: int = 1
+    """Distance of neighbouring kernel offsets, in input sites."""
 
     @property
     def before(self) -> int:
         """How far the kernel reaches back from its site, in input sites."""
-        return self.kernel_size // 2 if self.kernel_size % 2 else 0
+        return self.dilation * (self.kernel_size // 2) if self.kernel_size % 2 else 0
+
+    @property
+    def span(self) -> int:
+        """How many input sites the kernel covers along an axis, from the first to the last."""
+        return self.dilation * (self.kernel_size - 1) + 1
 
     @property
     def out_stride(self) -> int:
@@ -79,9 +86,9 @@ class Neighbours:
         """int64 [N_out, K]: the input row under each kernel offset of each output site."""
         key = ("sites", window)
         if key not in self._tables:
-            side, reach = self.side(window.out_stride), torch.arange(window.kernel_size)
+            side, offset = self.side(window.out_stride), torch.arange(window.kernel_size) * window.dilation
             # position within the patch of output row i under kernel offset j, along one axis: [side, k]
-            position = torch.arange(side)[:, None] * window.stride + reach - window.before
+            position = torch.arange(side)[:, None] * window.stride + offset - window.before
             table = self._rows_at(position.flatten().to(self._patches.device), window.in_stride)
             table = table.view(-1, side, window.kernel_size, side, window.kernel_size)  # M y ky x kx
             self._tables[key] = table.permute(0, 1, 3, 4, 2).reshape(-1, window.kernel_size**2)
@@ -100,6 +107,10 @@ class Neighbours:
             position = torch.arange(first, first + length, device=self._patches.device)
             self._tables[key] = self._rows_at(position, stride)
         return self._tables[key]
+
+    def counts(self, window: Window) -> Tensor:
+        """int64 [N_out, 1]: how many visible sites lie under the kernel of each output."""
+        return (self.of_sites(window) < self.sites(window.in_stride)).sum(dim=1, keepdim=True)
 
     def pairs(self, window: Window) -> list[Pairs]:
         """The present neighbours alone: for each kernel offset that has any, its (input row, output row) pairs.

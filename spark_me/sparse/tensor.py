@@ -18,6 +18,11 @@ def stride_of(x: SparseTensor) -> int:
     return x.coordinate_map_key.get_tensor_stride()[0]
 
 
+def is_fused(x: SparseTensor) -> bool:
+    """Whether layers compute `x` with the `fused` backend's kernels."""
+    return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "fused"
+
+
 def with_features(x: SparseTensor, features: Tensor) -> SparseTensor:
     """The sites of `x` with other features [N, C]."""
     return SparseTensor(features, coordinate_map_key=x.coordinate_map_key, coordinate_manager=x.coordinate_manager)

@@ -1,0 +1,139 @@
+"""Normalisation whose statistics are taken over one site, or over the visible sites of one image."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from spark_me.sparse.images import (
+    accumulation_dtype,
+    mean_over_images,
+    patch_blocks,
+    patches_in_part,
+    scale_images,
+    spread_over_patches,
+    spread_over_sites,
+    sum_products_over_images,
+)
+from spark_me.sparse.pyramid import Pyramid
+from spark_me.sparse.tensor import SparseTensor, stride_of, with_features
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of every site."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return with_features(x, super().forward(x.F))
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation: mean and biased variance of each image's groups of channels, over its visible sites."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, affine: bool = True) -> None:
+        super().__init__(groups, channels, eps=eps, affine=affine)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return _normalise_images(x, self.num_groups, self.eps, self.weight, self.bias)
+
+
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """Instance normalisation: mean and biased variance of each image's channels, over its visible sites.
+
+    An image with a single site has no variance: its normalised features are zero, where torch refuses to train.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = False) -> None:
+        super().__init__(channels, eps=eps, affine=affine)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        return _normalise_images(x, self.num_features, self.eps, self.weight, self.bias)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response normalisation of ConvNeXt V2 (arXiv 2301.00808, section 3.3), per image over its visible sites.
+
+    γ·x·G / (mean of G over the channels + 1e-6) + β + x, where G is the L2 norm of a channel over the sites of the
+    image. Statistics are computed in float32 at least; the output has the dtype of the input.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        pyramid, stride = x.coordinate_manager, stride_of(x)
+        return with_features(x, _GlobalResponseNorm.apply(x.F, self.gamma, self.beta, pyramid, stride))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.gamma)}"
+
+
+def _normalise_images(
+    x: SparseTensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> SparseTensor:
+    """Statistics over each image's sites and groups of channels, in float32 at least; the dtype of x is kept."""
+    pyramid, stride = x.coordinate_manager, stride_of(x)
+    rows = x.F.to(accumulation_dtype(x.F))
+    mean = _mean_of_groups(mean_over_images(rows, pyramid, stride), groups)
+    # Two passes: E[x²] − E[x]² would cancel where the mean is large.
+    centred = rows - spread_over_sites(mean, pyramid, stride)
+    variance = _mean_of_groups(mean_over_images(centred.square(), pyramid, stride), groups)
+    factors = torch.rsqrt(variance + eps)
+    normalised = scale_images(centred, factors if weight is None else factors * weight, pyramid, stride)
+    return with_features(x, (normalised if bias is None else normalised + bias).to(x.F.dtype))
+
+
+def _mean_of_groups(of_channels: Tensor, groups: int) -> Tensor:
+    """Give every channel its group's mean: [B, C] → [B, C]."""
+    grouped = of_channels.view(len(of_channels), groups, -1)
+    return grouped.mean(dim=2, keepdim=True).expand_as(grouped).reshape_as(of_channels)
+
+
+class _GlobalResponseNorm(torch.autograd.Function):
+    """Written out because it runs on a block's widest features: autograd would keep and traverse several more."""
+
+    EPSILON = 1e-6
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gamma: Tensor, beta: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
+        blocks = patch_blocks(rows, pyramid, stride)
+        norm = sum_products_over_images(blocks, blocks, pyramid).sqrt()
+        response = norm / (norm.mean(dim=1, keepdim=True) + _GlobalResponseNorm.EPSILON)
+        scale = spread_over_patches((1 + gamma * response).to(rows.dtype), pyramid)
+        ctx.save_for_backward(rows, gamma, norm)
+        ctx.pyramid, ctx.stride, ctx.beta_dtype = pyramid, stride, beta.dtype
+        return torch.addcmul(beta.to(rows.dtype), blocks, scale).view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gamma, norm = ctx.saved_tensors
+        blocks, grad_blocks = (patch_blocks(part, ctx.pyramid, ctx.stride) for part in (rows, gradient))
+        mean = norm.mean(dim=1, keepdim=True) + _GlobalResponseNorm.EPSILON
+        response = norm / mean
+        grad_scale = sum_products_over_images(grad_blocks, blocks, ctx.pyramid)
+        grad_response = gamma * grad_scale
+        grad_norm = (grad_response - (grad_response * response).mean(dim=1, keepdim=True)) / mean
+        # The norm of a channel that is zero at all sites has the subgradient zero.
+        pull = torch.where(norm > 0, grad_norm / norm, 0)
+        grad_rows = _weighted_sum(grad_blocks, 1 + gamma * response, blocks, pull, ctx.pyramid).view_as(rows)
+        grad_gamma = (grad_scale * response).sum(dim=0).to(gamma.dtype)
+        grad_beta = gradient.sum(dim=0, dtype=accumulation_dtype(gradient)).to(ctx.beta_dtype)
+        return grad_rows, grad_gamma, grad_beta, None, None
+
+
+def _weighted_sum(x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, pyramid: Pyramid) -> Tensor:
+    """x·x_scale + y·y_scale of `patch_blocks` [M, S, C] with factors [B, C] of each image, part by part."""
+    x_scale, y_scale = (spread_over_patches(scale.to(x.dtype), pyramid) for scale in (x_scale, y_scale))
+    total = torch.empty_like(x)
+    step = patches_in_part(x)
+    for parts in zip(*(tensor.split(step) for tensor in (total, x, x_scale, y, y_scale))):
+        total_part, x_part, x_scale_part, y_part, y_scale_part = parts
+        torch.mul(x_part, x_scale_part, out=total_part)
+        total_part.addcmul_(y_part, y_scale_part)
+    return total
