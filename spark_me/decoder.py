@@ -55,7 +55,6 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(DecoderBlock(*pair) for pair in zip(self.widths, self.widths[1:]))
         self.projection = nn.Conv2d(self.widths[-1], out_channels, 1)
         self._initialise()
-        self.to(memory_format=torch.channels_last)  # as its maps are, or each weight is copied at each step
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Densified maps, deep to shallow, [B, widths[i], fh·2^i, fw·2^i] → normalised pixels [B, C, H, W]."""

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 COMPOSING_PRODUCTS = 16 * 9
-"""Products for each triple of channels that composing the kernels costs: every tap of one with every tap of the other."""
+"""Products for each triple of channels that composing the kernels costs: all taps of one with all of the other."""
 
 
 def pays_off(x: Tensor, channels: int) -> bool:
