@@ -19,6 +19,10 @@ TRAIN = [
 ENGINE = ["pypi-simple>=1.5", "requests>=2.28", "ninja>=1.11", "setuptools>=61", "wheel>=0.40"]
 # scikit-image's wheel ships the photos of the demo.
 DEMO = ["scikit-image>=0.22"]
+# Kinds of images: TIFFs of many bands, 16 bits or floats in any compression; tar shards; Hugging Face's data sets.
+MULTIBAND = ["tifffile>=2024.1.30", "imagecodecs>=2024.1.1"]
+WEBDATASET = ["webdataset>=0.2.100"]
+HUGGINGFACE = ["datasets>=2.19"]
 # ruff and mypy judge alike on every machine only if they are the same everywhere.
 DEV = ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
 
@@ -37,8 +41,11 @@ setup(
         "train": TRAIN,
         "engine": ENGINE,
         "demo": TRAIN + DEMO,
+        "multiband": MULTIBAND,
+        "webdataset": WEBDATASET,
+        "huggingface": HUGGINGFACE,
         "dev": DEV,
-        "all": TRAIN + ENGINE + DEMO,
+        "all": TRAIN + ENGINE + DEMO + MULTIBAND + WEBDATASET + HUGGINGFACE,
     },
     entry_points={"console_scripts": ["spark-me = spark_me.cli:main"]},
 )

@@ -1,7 +1,7 @@
 """Configurations: a YAML file, the files it inherits from, and overrides from the command line, checked."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spark_me.config_data import statistics_of
 from spark_me.config_schema import FREE_KEYS, Config, rules
 from spark_me.errors import UserError
 
@@ -18,7 +19,7 @@ __all__ = ["Config", "differing_keys", "load_config", "parse_config", "to_yaml"]
 COMMAND_LINE = "on the command line"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, unchecked: Collection[str] = ()) -> Config:
     """Read a configuration.
 
     A file may start from another one with `base: other.yaml`, relative to itself. Later layers win:
@@ -27,11 +28,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: a YAML file with the sections model, data, optim, train, run.
         overrides: `key=value` with dotted keys and YAML values, for example `train.epochs=100`.
+        unchecked: dotted keys whose range does not matter to the caller.
 
     Raises:
         UserError: for a file that is missing or no YAML, an unknown key, a value of a wrong type or range.
     """
-    return _resolve([*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))])
+    return _resolve([*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))], unchecked)
 
 
 def parse_config(text: str, source: str) -> Config:
@@ -43,7 +45,7 @@ def parse_config(text: str, source: str) -> Config:
     return _resolve([(f"in {source}", _parse_yaml(text, source))])
 
 
-def _resolve(layers: list[tuple[str, DictConfig]]) -> Config:
+def _resolve(layers: list[tuple[str, DictConfig]], unchecked: Collection[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     origins: dict[str, str] = {}
     for origin, layer in layers:
@@ -57,7 +59,9 @@ def _resolve(layers: list[tuple[str, DictConfig]]) -> Config:
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(f"{_first_line(error)}: correct that value") from None
-    _check_values(config, origins)
+    _check_values(config, origins, unchecked)
+    # What a run records must not depend on a later version's defaults.
+    config.data.mean, config.data.std = statistics_of(config.data, config.model.in_channels)
     return config
 
 
@@ -72,7 +76,8 @@ def differing_keys(old: Config, new: Config) -> list[str]:
     return [
         f"{key}: {old_values[key]} → {value}"
         for key, value in new_values.items()
-        if key not in FREE_KEYS and old_values[key] != value
+        # As text, because nan differs from itself.
+        if key not in FREE_KEYS and str(old_values[key]) != str(value)
     ]
 
 
@@ -141,10 +146,10 @@ def _nearest(key: str, valid: list[str]) -> str:
     return names[by_name[0]] if by_name else difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
 
 
-def _check_values(config: Config, origins: Mapping[str, str]) -> None:
+def _check_values(config: Config, origins: Mapping[str, str], unchecked: Collection[str]) -> None:
     values = _flatten(config)
     for key, good, expected in rules(config):
-        if not good:
+        if not good and key not in unchecked:
             raise UserError(f"{key}={_show(values[key])} ({origins.get(key, 'by default')}): {expected}")
 
 

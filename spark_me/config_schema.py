@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from spark_me.config_data import PATCH_SIZE, DataConfig, Rule, data_rules
 from spark_me.encoders import list_encoders
 
 
@@ -17,43 +18,13 @@ class ModelConfig:
     image_size: list[int] = field(default_factory=lambda: [224, 224])
     """[height, width] of the training images in pixels; both multiples of 32, they may differ."""
     in_channels: int = 3
-    """3 reads images as RGB, 1 as grey."""
+    """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels."""
     mask_ratio: float = 0.6
     """Share of the patches that are hidden."""
     decoder_width: int = 512
     """Channels at the decoder's entry."""
     drop_path: float | None = None
     """Largest stochastic-depth rate; null takes the encoder's default."""
-
-
-@dataclass
-class DataConfig:
-    """The images. Nothing here needs labels."""
-
-    kind: str = "images"
-    """images: a folder at any depth. imagefolder: one folder a class. list: a text file of paths. demo: own photos."""
-    root: str | None = None
-    """The folder, or the text file for kind list (its paths are relative to it). Not for kind demo."""
-    val_root: str | None = None
-    """A second folder or list whose images are held out of training to measure the loss on."""
-    held_out: int = 0
-    """Without val_root: how many images of root, evenly spaced in the sorted list, are held out."""
-    repeats: int = 1
-    """How many crops of each image make one epoch; more than 1 is for data sets of a few images."""
-    crop_scale: list[float] = field(default_factory=lambda: [0.67, 1.0])
-    """Smallest and largest share of an image's area that a random crop takes."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    interpolation: str = "bicubic"
-    """How crops are resized: bicubic or bilinear, antialiased."""
-    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    """What is subtracted per channel, for values in 0 to 1 (ImageNet's)."""
-    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    """What it is then divided by (ImageNet's)."""
-    workers: int = 4
-    """Processes that load images; 0 loads in the training process. The result does not depend on it."""
-    max_unreadable: float = 0.01
-    """Share of the files that may be unreadable (skipped and listed) before the run stops."""
 
 
 @dataclass
@@ -142,19 +113,14 @@ FREE_KEYS = frozenset(
 )
 
 BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
-DATA_KINDS = ("images", "imagefolder", "list", "demo")
-INTERPOLATIONS = ("bicubic", "bilinear")
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("fp32", "bf16")
-
-# Key, whether its value is good, what it has to be.
-Rule = tuple[str, bool, str]
 
 
 def rules(config: Config) -> Iterator[Rule]:
     """Every range check, in the order of the keys."""
     yield from _model_rules(config.model)
-    yield from _data_rules(config.data, config.model.in_channels)
+    yield from data_rules(config.data, config.model.in_channels)
     yield from _optim_rules(config.optim, config.train.epochs)
     yield from _train_rules(config.train)
     yield from _run_rules(config.run)
@@ -165,34 +131,13 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield "model.backend", model.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}"
     size = model.image_size
     yield "model.image_size", len(size) == 2, "must be [height, width]"
-    nearest = [max(32, round(side / 32) * 32) for side in size]
-    yield "model.image_size", size == nearest, f"must be multiples of 32, for example {nearest}"
-    yield "model.in_channels", model.in_channels in (1, 3), "must be 3 (RGB) or 1 (grey)"
+    nearest = [max(1, round(side / PATCH_SIZE)) * PATCH_SIZE for side in size]
+    yield "model.image_size", size == nearest, f"must be multiples of {PATCH_SIZE}, for example {nearest}"
+    yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
     yield "model.mask_ratio", 0 < model.mask_ratio < 1, "must lie between 0 and 1, for example 0.6"
     width = model.decoder_width
     yield "model.decoder_width", width >= 32 and width % 32 == 0, "must be a positive multiple of 32"
     yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
-
-
-def _data_rules(data: DataConfig, channels: int) -> Iterator[Rule]:
-    demo = data.kind == "demo"
-    yield "data.kind", data.kind in DATA_KINDS, f"must be one of {', '.join(DATA_KINDS)}"
-    yield "data.root", demo or bool(data.root), "must name your images: add data.root=/path/to/images"
-    yield "data.root", not demo or data.root is None, "must be null for data.kind=demo, which has its own photos"
-    yield "data.val_root", not demo or data.val_root is None, "must be null for data.kind=demo"
-    yield "data.held_out", data.held_out >= 0, "must not be negative"
-    own = demo or data.val_root is not None
-    yield "data.held_out", not (own and data.held_out), "must be 0 with data.val_root or data.kind=demo"
-    yield "data.repeats", data.repeats >= 1, "must be at least 1"
-    scale = data.crop_scale
-    yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
-    yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
-    yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
-    yield "data.mean", len(data.mean) == channels, f"must have model.in_channels={channels} values"
-    yield "data.std", len(data.std) == channels, f"must have model.in_channels={channels} values"
-    yield "data.std", all(value > 0 for value in data.std), "must be positive"
-    yield "data.workers", data.workers >= 0, "must not be negative"
-    yield "data.max_unreadable", 0 <= data.max_unreadable < 1, "must be a share in [0, 1)"
 
 
 def _optim_rules(optim: OptimConfig, epochs: int) -> Iterator[Rule]:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from spark_me.errors import UserError
 
+MIN_VALID = 2
+"""Patches with data that an image needs: one to be visible, one to be reconstructed."""
+
 
 def count_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     """Number of patches that stay visible in every image: round(fh·fw·(1 − ratio)), 20 of 49 at 0.6.
@@ -34,6 +37,7 @@ def draw_visible(
     grid: tuple[int, int],
     mask_ratio: float,
     *,
+    valid: Tensor | None = None,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -43,24 +47,42 @@ def draw_visible(
         batch_size: B.
         grid: (fh, fw), the number of patches down and across.
         mask_ratio: share of patches to hide, in (0, 1).
+        valid: bool [B, fh, fw] on the generator's device, the patches to draw from; all when None.
         generator: source of randomness; torch's default one when None.
         device: where the mask goes. It is drawn on the generator's device (CPU when None).
 
     Returns:
-        bool [B, fh, fw], True = visible; the same number of visible patches in every image.
+        bool [B, fh, fw], True = visible; round(patches·(1 − ratio)) in every image. Of n < fh·fw valid patches at
+        least 1 and at most n − 1 are visible.
+
+    Raises:
+        ValueError: if an image has fewer than two valid patches.
     """
-    kept = count_visible(grid, mask_ratio)
+    kept: int | Tensor = count_visible(grid, mask_ratio)
     draw_device = generator.device if generator is not None else "cpu"
     # Sorting noise gives every subset of `kept` patches the same chance.
     noise = torch.rand(batch_size, grid[0] * grid[1], generator=generator, device=draw_device)
-    shuffled = noise.argsort(dim=1)
-    visible = torch.zeros_like(noise, dtype=torch.bool)
-    visible.scatter_(1, shuffled[:, :kept], True)
-    return visible.view(batch_size, *grid).to(device)
+    if valid is not None:
+        kept = _count_visible_of_valid(valid, mask_ratio)
+        noise = noise.masked_fill(~valid.flatten(1), 2)  # behind all others
+    place = noise.argsort(dim=1).argsort(dim=1)
+    return (place < kept).view(batch_size, *grid).to(device)
+
+
+def _count_visible_of_valid(valid: Tensor, mask_ratio: float) -> Tensor:
+    patches = valid.flatten(1).sum(dim=1, keepdim=True)
+    if patches.min() < MIN_VALID:
+        raise ValueError(f"every image needs {MIN_VALID} valid patches: one to be visible, one to be reconstructed")
+    return (patches.double() * (1 - mask_ratio)).round().clamp(min=1).minimum(patches - 1)
 
 
 def draw_visible_of_samples(
-    seed: int, epoch: int, samples: Sequence[int], grid: tuple[int, int], mask_ratio: float
+    seed: int,
+    epoch: int,
+    samples: Sequence[int],
+    grid: tuple[int, int],
+    mask_ratio: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Draw masks that depend on (seed, epoch, sample index) alone, so that any batching repeats them.
 
@@ -70,16 +92,18 @@ def draw_visible_of_samples(
         samples: B indices of samples in the dataset.
         grid: (fh, fw).
         mask_ratio: share of patches to hide.
+        valid: bool [B, fh, fw] on the CPU, the patches to draw from; all when None.
 
     Returns:
         bool [B, fh, fw], on the CPU.
     """
     masks = []
-    for sample in samples:
+    for place, sample in enumerate(samples):
         # SeedSequence mixes the three numbers so that neighbouring samples are unrelated.
         state = np.random.SeedSequence([seed, epoch, int(sample)]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) & (2**63 - 1))
-        masks.append(draw_visible(1, grid, mask_ratio, generator=generator))
+        of_sample = None if valid is None else valid[place : place + 1]
+        masks.append(draw_visible(1, grid, mask_ratio, valid=of_sample, generator=generator))
     return torch.cat(masks)
 
 

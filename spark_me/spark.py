@@ -56,12 +56,22 @@ class SparK(nn.Module):
             for level, (channels, width) in enumerate(deep_to_shallow)
         )
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The pretraining loss of images [B, C, H, W]; `visible`, bool [B, fh, fw], is drawn when None."""
-        visible = self._visible_or_drawn(images, visible)
+    def forward(self, images: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """The pretraining loss.
+
+        Args:
+            images: [B, C, H, W].
+            visible: bool [B, fh, fw]; drawn when None.
+            valid: bool [B, fh, fw], False where a patch has nodata pixels: it is neither encoded nor in the loss,
+                whatever its values. All patches count when None.
+
+        Raises:
+            ValueError: if a visible patch is not valid.
+        """
+        images, visible, targets = self._prepare(images, visible, valid)
         prediction = masking.patchify(self.predict(images, visible), self.patch_size)
         target, _, _ = self._target(images)
-        return patch_loss(prediction, target, ~visible.flatten(1))
+        return patch_loss(prediction, target, targets.flatten(1))
 
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W], computed from the visible patches alone."""
@@ -77,14 +87,17 @@ class SparK(nn.Module):
         return [sparse.to_dense(x) for x in self._encode(images, visible)]
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, visible: Tensor | None = None) -> Reconstruction:
-        """Predict images [B, C, H, W] in their own units, each patch scaled back by its true mean and deviation."""
-        visible = self._visible_or_drawn(images, visible)
+    def reconstruct(self, images: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Reconstruction:
+        """Predict images [B, C, H, W] in their own units, each patch scaled back by its true mean and deviation.
+
+        `visible` and `valid` are as for `forward`; patches that are not valid come out as about 0.
+        """
+        images, visible, targets = self._prepare(images, visible, valid)
         normalised = masking.patchify(self.predict(images, visible), self.patch_size)
         target, mean, deviation = self._target(images)
         grid = (visible.shape[1], visible.shape[2])
         prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
-        return Reconstruction(prediction, visible, patch_loss(normalised, target, ~visible.flatten(1)))
+        return Reconstruction(prediction, visible, patch_loss(normalised, target, targets.flatten(1)))
 
     def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:
         pyramid = Pyramid(visible, self.patch_size, self.backend)
@@ -97,8 +110,18 @@ class SparK(nn.Module):
         deviation = (variance + 1e-6).sqrt()
         return (patches - mean) / deviation, mean, deviation
 
-    def _visible_or_drawn(self, images: Tensor, visible: Tensor | None) -> Tensor:
-        if visible is not None:
-            return visible
-        grid = masking.grid_of(images.shape[-2:], self.patch_size)
-        return masking.draw_visible(images.shape[0], grid, self.mask_ratio, device=images.device)
+    def _prepare(self, images: Tensor, visible: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The images without their nodata, which patches are visible, and which are reconstructed."""
+        if visible is None:
+            grid = masking.grid_of(images.shape[-2:], self.patch_size)
+            drawn_from = None if valid is None else valid.cpu()
+            visible = masking.draw_visible(
+                images.shape[0], grid, self.mask_ratio, valid=drawn_from, device=images.device
+            )
+        if valid is None:
+            return images, visible, ~visible
+        if (visible & ~valid).any():
+            raise ValueError("a patch with nodata pixels cannot be visible")
+        # Selected, not multiplied: a NaN times zero would reach the gradients.
+        has_data = masking.upsample_visible(valid, self.patch_size)[:, None]
+        return torch.where(has_data, images, 0), visible, valid & ~visible

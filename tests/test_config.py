@@ -117,7 +117,7 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "model.encoder=resnet19",
         "model.backend=dense",
         "model.decoder_width=20",
-        "model.in_channels=4",
+        "model.in_channels=0",
         "model.drop_path=1.0",
         "data.kind=zip",
         "data.held_out=-1",
@@ -127,6 +127,11 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "data.mean=[0.5]",
         "data.std=[0.5,0.5,0]",
         "data.workers=-1",
+        "data.samples=10",
+        "data.image_key=png",
+        "data.split=test",
+        "data.val_split=test",
+        "data.shuffle_buffer=0",
         "data.max_unreadable=1",
         "optim.name=sgd",
         "optim.base_lr=0",
@@ -164,6 +169,15 @@ def test_image_size_error_proposes_one_that_fits(write: Write) -> None:
         (["data.kind=demo", "data.root=x"], "data.root=x"),
         (["data.kind=demo", "data.held_out=2"], "data.held_out=2"),
         (["data.root=x", "data.val_root=y", "data.held_out=2"], "data.held_out=2"),
+        (["data.root=x", "data.kind=imagenet", "data.val_root=y"], "data.val_root=y"),
+        (["data.root=x", "data.kind=huggingface", "data.val_root=y"], "data.val_root=y"),
+        (["data.root=x", "data.kind=huggingface", "data.val_split=y", "data.held_out=2"], "data.held_out=2"),
+        (["data.root=x.tar", "data.kind=webdataset", "data.held_out=2"], "data.held_out=2"),
+        (["data.root=x.tar", "data.kind=webdataset", "data.samples=0"], "data.samples=0"),
+        (["data.root=pipe:cat x", "data.kind=webdataset"], "data.samples=null"),
+        (["data.root=x.tar", "data.kind=webdataset", "data.val_root=pipe:cat y"], "data.val_root=pipe:cat y"),
+        (["data.root=x", "model.in_channels=13"], "data.mean=null"),
+        (["data.root=x", "model.in_channels=2", "data.mean=[0.5,0.5]"], "data.std=null"),
     ],
 )
 def test_data_keys_that_exclude_each_other(write: Write, overrides: list[str], key: str) -> None:
@@ -202,6 +216,19 @@ def test_circle_of_bases(write: Write) -> None:
 
 def test_yaml_runs_no_code(write: Write) -> None:
     assert "no valid YAML" in message_of(write("c.yaml", "data: {root: !!python/object/apply:os.getcwd []}"))
+
+
+def test_statistics_that_are_not_given_are_imagenets_and_recorded(write: Write) -> None:
+    path = write("c.yaml", "data: {root: a}")
+    assert load_config(path).data.mean == [0.485, 0.456, 0.406]
+    assert load_config(path, ["model.in_channels=1"]).data.std == [0.226]
+    assert "0.485" in to_yaml(load_config(path))
+
+
+def test_nan_is_the_same_nodata_again(write: Write) -> None:
+    path = write("c.yaml", "data: {root: a, nodata: nan}")
+    assert differing_keys(load_config(path), parse_config(to_yaml(load_config(path)), "c")) == []
+    assert differing_keys(load_config(path), load_config(path, ["data.nodata=0"])) == ["data.nodata: nan → 0.0"]
 
 
 def test_differing_keys_leave_out_what_does_not_decide_the_result() -> None:

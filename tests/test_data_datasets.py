@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from spark_me.config_schema import Config, DataConfig
-from spark_me.data.datasets import Batch, HeldOutDataset, TrainDataset, collate
+from spark_me.data.datasets import Batch, HeldOutDataset, Reader, TrainDataset, collate
 from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
 from spark_me.data.transforms import held_out_transform, to_displayable, train_transform
@@ -28,7 +28,15 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def make(files: list[Path], seed: int = 1, **arguments: int) -> TrainDataset:
-    return TrainDataset(files, train_transform(DataConfig(), SIZE), seed=seed, **arguments)
+    return TrainDataset(files, Reader(train_transform(DataConfig(), SIZE), seed=seed), **arguments)
+
+
+def train_on(files: list[Path], data: DataConfig, size: tuple[int, int]) -> TrainDataset:
+    return TrainDataset(files, Reader(train_transform(data, size), seed=0))
+
+
+def held_out(files: list[Path], data: DataConfig, size: tuple[int, int]) -> HeldOutDataset:
+    return HeldOutDataset(files, Reader(held_out_transform(data, size), seed=0))
 
 
 def test_sample_depends_on_seed_epoch_and_index_alone(files: list[Path]) -> None:
@@ -109,7 +117,7 @@ def test_too_many_unreadable_files_end_the_search(files: list[Path]) -> None:
 
 def test_batch_without_its_unreadable_samples(files: list[Path]) -> None:
     files[1].write_bytes(b"no image")
-    dataset = HeldOutDataset(files, held_out_transform(DataConfig(), SIZE))
+    dataset = held_out(files, DataConfig(), SIZE)
     batch = collate([dataset[index] for index in range(3)])
     assert batch.indices == [0, 2]
     assert batch.images.shape == (2, 3, *SIZE)
@@ -119,7 +127,7 @@ def test_batch_without_its_unreadable_samples(files: list[Path]) -> None:
 
 def test_batch_is_pinned_as_a_batch() -> None:
     # DataLoader pins named tuples field by field and keeps their type.
-    assert Batch._fields == ("images", "indices", "unreadable")
+    assert Batch._fields == ("images", "indices", "unreadable", "valid")
 
 
 def test_held_out_image_is_its_normalised_centre(tmp_path: Path) -> None:
@@ -129,7 +137,7 @@ def test_held_out_image_is_its_normalised_centre(tmp_path: Path) -> None:
         pixels[:, 60 * channel : 60 * (channel + 1), channel] = 255
     Image.fromarray(pixels).save(tmp_path / "thirds.png")
     data = DataConfig(mean=[0.5, 0.25, 0.0], std=[0.5, 0.25, 2.0])
-    image = HeldOutDataset([tmp_path / "thirds.png"], held_out_transform(data, (32, 32)))[0].image
+    image = held_out([tmp_path / "thirds.png"], data, (32, 32))[0].image
     assert image is not None and image.dtype == torch.float32
     middle = image[:, 16, 16]
     torch.testing.assert_close(middle, torch.tensor([-1.0, 3.0, 0.0]))
@@ -140,12 +148,12 @@ def test_flip_and_crop_scale_are_obeyed(tmp_path: Path) -> None:
     ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     whole = DataConfig(crop_scale=[1.0, 1.0], flip=1.0, mean=[0.0] * 3, std=[1.0] * 3)
-    flipped = TrainDataset([tmp_path / "ramp.png"], train_transform(whole, (64, 64)), seed=0)
+    flipped = train_on([tmp_path / "ramp.png"], whole, (64, 64))
     # At scale 1 the crop may only change its shape, so try samples until one took the whole square.
     images = [flipped[(epoch, 0)].image for epoch in range(20)]
     assert all(image[0, 0, 0] > image[0, 0, -1] for image in images)
     small = DataConfig(crop_scale=[0.01, 0.01], flip=0.0, mean=[0.0] * 3, std=[1.0] * 3)
-    image = TrainDataset([tmp_path / "ramp.png"], train_transform(small, (64, 64)), seed=0)[(0, 0)].image
+    image = train_on([tmp_path / "ramp.png"], small, (64, 64))[(0, 0)].image
     assert image.max() - image.min() < 0.2 * 64 / 255
 
 

@@ -108,3 +108,26 @@ def test_fingerprint_sees_a_renamed_a_missing_and_a_swapped_file() -> None:
     changed = [[Path("x/a.png")], [Path("x/a.png"), Path("x/c.png")], files[::-1]]
     assert fingerprint([Path("elsewhere/x/a.png"), Path("elsewhere/x/b.png")]) == fingerprint(files)
     assert len({fingerprint(other) for other in [files, *changed]}) == 4
+
+
+@pytest.fixture
+def imagenet(tmp_path: Path) -> Path:
+    names = [f"train/n0{c}/n0{c}_{i}.JPEG" for c in range(2) for i in range(3)]
+    for name in (*names, *(f"val/ILSVRC2012_val_{number:08}.JPEG" for number in range(1, 5))):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_imagenet_trains_on_train_and_holds_out_val(imagenet: Path) -> None:
+    files = find_files(DataConfig(kind="imagenet", root=str(imagenet)))
+    assert (len(files.train), len(files.held_out)) == (6, 4)
+    assert names(files.train, imagenet)[0] == "train/n00/n00_0.JPEG"
+    some = find_files(DataConfig(kind="imagenet", root=str(imagenet), held_out=2)).held_out
+    assert [path.stem[-1] for path in some] == ["2", "4"]
+    with pytest.raises(UserError, match="data.held_out=5 is more than the 4 images"):
+        find_files(DataConfig(kind="imagenet", root=str(imagenet), held_out=5))
+    shutil.rmtree(imagenet / "val")
+    assert find_files(DataConfig(kind="imagenet", root=str(imagenet))).held_out == []
+    with pytest.raises(UserError, match="has no folder train"):
+        find_files(DataConfig(kind="imagenet", root=str(imagenet / "train")))

@@ -73,6 +73,7 @@ def test_run_directory_holds_everything(
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in steps if "held_out_loss" in entry] == [2, 4]
     assert all(math.isfinite(entry.get("loss", 0)) for entry in steps)
+    assert all(entry["data_wait"] >= 0 for entry in steps if "loss" in entry)
     for name in ("loss.png", "reconstruction.png"):
         with Image.open(run / name) as picture:
             assert min(picture.size) > 100
@@ -130,7 +131,7 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
     model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
     model.load_state_dict(weights(run))
     model.eval()
-    held_out = load_images([tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)], config)
+    held_out = load_images([tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)], config).images
     losses = []
     for mask in range(4):
         visible = draw_visible_of_samples(config.run.seed, mask, range(3), (2, 2), 0.6)
@@ -246,8 +247,13 @@ def test_non_finite_stops_before_the_step(
 
         calls = 0
 
-        def forward(self, images: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
-            loss = super().forward(images, visible)
+        def forward(
+            self,
+            images: torch.Tensor,
+            visible: torch.Tensor | None = None,
+            valid: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            loss = super().forward(images, visible, valid)
             self.calls += self.training
             if self.calls != 3:
                 return loss

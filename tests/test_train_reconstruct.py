@@ -11,6 +11,7 @@ from PIL import Image
 from spark_me import build_model, cli
 from spark_me.config import Config
 from spark_me.config_schema import DataConfig, ModelConfig
+from spark_me.data.datasets import Batch
 from spark_me.train.checkpoint import TrainState, save_checkpoint
 from spark_me.train.optim import build_optimizer
 from spark_me.train.plots import plot_loss, plot_reconstruction
@@ -102,6 +103,6 @@ def test_model_keeps_its_mode(checkpoint: Path, tmp_path: Path) -> None:
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     for training in (True, False):
         model.train(training)
-        draw_reconstruction(model, torch.rand(1, 3, 64, 96), CONFIG, tmp_path / "a.png", seed=0)
+        draw_reconstruction(model, Batch(torch.rand(1, 3, 64, 96), [0], []), CONFIG, tmp_path / "a.png", seed=0)
         assert model.training is training
     assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())

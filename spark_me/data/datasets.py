@@ -1,28 +1,29 @@
-"""Data sets over lists of files. Samples depend on (seed, epoch, index) alone; unreadable files travel as records."""
+"""Data sets over images. Samples depend on (seed, epoch, index) alone; unreadable images travel as records."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from spark_me.data.randomness import CROP, seed_of
-from spark_me.data.reading import UnreadableImage, read_image
-from spark_me.data.transforms import Transform
+from spark_me.data.reading import Encoded, Item, Items, Picture, read_image
+from spark_me.data.transforms import Crop, Transform
+from spark_me.data.unreadable import UnreadableImage
 
 
 class Sample(NamedTuple):
     """One image and what went wrong on the way to it."""
 
     image: Tensor | None
-    """float32 [C, H, W]; None where no readable file was found."""
+    """float32 [C, H, W]; None where no readable image was found."""
     sample_index: int
     """Which sample of the epoch it is."""
     unreadable: list[tuple[str, str]]
-    """(path, reason) of files that were skipped for it."""
+    """(name, reason) of images that were skipped for it."""
+    valid: Tensor | None = None
+    """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
 
 
 class Batch(NamedTuple):
@@ -33,85 +34,139 @@ class Batch(NamedTuple):
     indices: list[int]
     """B sample indices."""
     unreadable: list[tuple[str, str]]
-    """(path, reason) of files that were skipped."""
+    """(name, reason) of images that were skipped."""
+    valid: Tensor | None = None
+    """bool [B, fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack the samples that have an image; gather what could not be read."""
     unreadable = [record for sample in samples for record in sample.unreadable]
     images = {sample.sample_index: sample.image for sample in samples if sample.image is not None}
-    return Batch(torch.stack(list(images.values())) if images else torch.empty(0), list(images), unreadable)
+    masks = [sample.valid for sample in samples if sample.valid is not None]
+    return Batch(
+        torch.stack(list(images.values())) if images else torch.empty(0),
+        list(images),
+        unreadable,
+        torch.stack(masks) if masks else None,
+    )
 
 
-class TrainDataset(Dataset[Sample]):
-    """Random crops of images; an epoch has `repeats` crops of each."""
+class Reader:
+    """Reads images and draws their crops."""
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        transform: Transform,
-        *,
-        seed: int,
-        channels: int = 3,
-        repeats: int = 1,
-        most_unreadable: int = 0,
-    ) -> None:
+    def __init__(self, transform: Transform, *, seed: int, channels: int = 3, nodata: float | None = None) -> None:
         """
         Args:
-            files: the images.
             transform: draws from torch's default generator.
             seed: the run's seed.
-            channels: 3 for RGB, 1 for grey.
-            repeats: crops of each file in an epoch.
-            most_unreadable: how many files may be unreadable before the run stops.
+            channels: 3 for RGB, 1 for grey, or what the images have.
+            nodata: the stored value of pixels without data.
         """
-        self.files = list(files)
         self.transform = transform
         self.seed = seed
         self.channels = channels
+        self.nodata = nodata
+
+    def crop(self, item: Item, epoch: int, index: int) -> Crop:
+        """What the model sees of an image as sample `index` of `epoch`.
+
+        Raises:
+            UnreadableImage: if it cannot be used.
+        """
+        picture = self.read(item)
+        # The transforms draw from torch's default CPU generator, which must come out of this as it went in.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_of(CROP, self.seed, epoch, index))
+            return self.transform(picture)
+
+    def read(self, item: Item) -> Picture:
+        """The whole image."""
+        return read_image(item, self.channels, self.nodata)
+
+
+class TrainDataset(Dataset[Sample]):
+    """Random crops of images that are read in any order; an epoch has `repeats` crops of each."""
+
+    def __init__(self, items: Items, reader: Reader, *, repeats: int = 1, most_unreadable: int = 0) -> None:
+        """
+        Args:
+            items: the images.
+            reader: draws the crops.
+            repeats: crops of each image in an epoch.
+            most_unreadable: how many images may be unreadable before the run stops.
+        """
+        self.items = items
+        self.reader = reader
         self.repeats = repeats
         self.most_unreadable = most_unreadable
 
     def __len__(self) -> int:
-        return len(self.files) * self.repeats
+        return len(self.items) * self.repeats
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         """The sample of `key` = (epoch, index)."""
         epoch, index = key
         unreadable: list[tuple[str, str]] = []
-        # An unreadable file is replaced by the next one, the same at every repetition of the run.
-        while len(unreadable) <= self.most_unreadable and len(unreadable) < len(self.files):
-            path = self.files[(index + len(unreadable)) % len(self.files)]
+        # An unreadable image is replaced by the next one, the same at every repetition of the run.
+        while len(unreadable) <= self.most_unreadable and len(unreadable) < len(self.items):
+            item = self.items[(index + len(unreadable)) % len(self.items)]
             try:
-                image = read_image(path, self.channels)
+                image, valid = self.reader.crop(item, epoch, index)
             except UnreadableImage as reason:
-                unreadable.append((str(path), str(reason)))
+                unreadable.append((str(item), str(reason)))
             else:
-                return Sample(self._augment(image, epoch, index), index, unreadable)
+                return Sample(image, index, unreadable, valid)
         # More failures than the run accepts: whoever receives these records stops the run.
         return Sample(None, index, unreadable)
 
-    def _augment(self, image: Image, epoch: int, index: int) -> Tensor:
-        # The transforms draw from torch's default CPU generator, which must come out of this as it went in.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(CROP, self.seed, epoch, index))
-            return self.transform(image)
+
+class StreamDataset(Dataset[Sample]):
+    """Random crops of images that the sampler brings along."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, key: tuple[int, int, Encoded]) -> Sample:
+        """The sample of `key` = (epoch, index, image)."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int, Encoded]]) -> list[Sample]:
+        """The samples of a batch. An unreadable image is replaced by another crop of the next in the batch."""
+        failed: set[int] = set()
+        return [self._sample(keys, place, failed) for place in range(len(keys))]
+
+    def _sample(self, keys: Sequence[tuple[int, int, Encoded]], place: int, failed: set[int]) -> Sample:
+        epoch, index, _ = keys[place]
+        unreadable: list[tuple[str, str]] = []
+        for candidate in (*range(place, len(keys)), *range(place)):
+            if candidate in failed:
+                continue
+            item = keys[candidate][2]
+            try:
+                image, valid = self.reader.crop(item, epoch, index)
+            except UnreadableImage as reason:
+                failed.add(candidate)
+                unreadable.append((item.name, str(reason)))
+            else:
+                return Sample(image, index, unreadable, valid)
+        return Sample(None, index, unreadable)
 
 
 class HeldOutDataset(Dataset[Sample]):
     """Centre crops of images, the same every time."""
 
-    def __init__(self, files: Sequence[Path], transform: Transform, channels: int = 3) -> None:
-        self.files = list(files)
-        self.transform = transform
-        self.channels = channels
+    def __init__(self, items: Items, reader: Reader) -> None:
+        self.items = items
+        self.reader = reader
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Sample:
+        item = self.items[index]
         try:
-            image = read_image(self.files[index], self.channels)
+            image, valid = self.reader.crop(item, 0, index)
         except UnreadableImage as reason:
-            return Sample(None, index, [(str(self.files[index]), str(reason))])
-        return Sample(self.transform(image), index, [])
+            return Sample(None, index, [(str(item), str(reason))])
+        return Sample(image, index, [], valid)

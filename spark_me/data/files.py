@@ -1,16 +1,18 @@
-"""Which files a run reads: every kind of data set comes down to a sorted list of paths."""
+"""Which images a run reads: sorted lists of files, shards, or rows of a data set."""
 
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from spark_me.config_schema import DataConfig
+from spark_me.config_data import DataConfig
+from spark_me.data import huggingface, shards
+from spark_me.data.arrays import has_tifffile
+from spark_me.data.reading import EXTENSIONS, MODES, TIFF, Items
 from spark_me.errors import UserError
 
 # Real photographs in scikit-image's wheel. Two are held out; of the stereo pair one is enough.
@@ -36,29 +38,83 @@ DEMO_PHOTOS = (
 class Files(NamedTuple):
     """The images of a run."""
 
-    train: list[Path]
-    held_out: list[Path]
+    train: Items | shards.Shards
+    held_out: Items
 
 
-def find_files(data: DataConfig) -> Files:
+def find_files(data: DataConfig, channels: int = 3) -> Files:
     """List the training and held-out images of a run.
 
     Raises:
-        UserError: if the folder or list is missing or has no images, or nothing is left to train on.
+        UserError: if they are missing or there are none, nothing is left to train on, or a package that reads images
+            of so many channels or of that kind is missing.
     """
+    if data.kind == "webdataset":
+        return _find_shards(data)
+    if data.kind == "huggingface":
+        return _find_rows(data)
+    train, held_out = _find_paths(data)
+    tiffs = [path for path in (*train, *held_out) if path.suffix.lower() in TIFF]
+    if tiffs and channels not in MODES and not has_tifffile():
+        raise UserError(f"{tiffs[0]}: {channels} channels need tifffile: install spark_me's group [multiband]")
+    return Files(train, held_out)
+
+
+def fingerprint(images: Items | shards.Shards) -> str:
+    """A digest of the images' number, order and names, to notice that a data set changed under a run."""
+    if isinstance(images, list):
+        names = [f"{path.parent.name}/{path.name}" for path in images]
+    elif isinstance(images, shards.Shards):
+        names = images.urls
+    else:
+        assert isinstance(images, huggingface.HuggingFaceImages)
+        names = [images.name, images.column]
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{len(images)} {'files' if isinstance(images, list) else 'images'}, {digest}"
+
+
+def _find_paths(data: DataConfig) -> tuple[list[Path], list[Path]]:
     if data.kind == "demo":
         folder = _demo_folder()
-        return Files([folder / name for name in DEMO_PHOTOS], [folder / name for name in DEMO_HELD_OUT])
-    files = _list_images(data.kind, Path(str(data.root)), "data.root")
+        return [folder / name for name in DEMO_PHOTOS], [folder / name for name in DEMO_HELD_OUT]
+    root = Path(str(data.root))
+    if data.kind == "imagenet":
+        return _find_imagenet(root, data.held_out)
+    files = _list_images(data.kind, root, "data.root")
     if data.val_root is not None:
-        return Files(files, _list_images(data.kind, Path(data.val_root), "data.val_root"))
-    return _hold_out(files, data.held_out)
+        return files, _list_images(data.kind, Path(data.val_root), "data.val_root")
+    train, held_out = _hold_out(len(files), data.held_out)
+    return [files[place] for place in train], [files[place] for place in held_out]
 
 
-def fingerprint(files: Sequence[Path]) -> str:
-    """A digest of the files' number, order and names, to notice that a data set changed under a run."""
-    names = "\n".join(f"{path.parent.name}/{path.name}" for path in files)
-    return f"{len(files)} files, {hashlib.sha256(names.encode(errors='surrogateescape')).hexdigest()[:16]}"
+def _find_imagenet(root: Path, held_out: int) -> tuple[list[Path], list[Path]]:
+    if not (root / "train").is_dir():
+        raise UserError(f"data.root={root}: has no folder train: data.kind=imagenet wants the one above train and val")
+    train = _list_images("imagefolder", root / "train", "data.root")
+    # The validation images come without class folders.
+    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else []
+    if held_out > len(val):
+        raise UserError(f"data.held_out={held_out} is more than the {len(val)} images in {root / 'val'}: lower it")
+    return train, [val[place] for place in evenly_spaced(len(val), held_out)] if held_out else val
+
+
+def _find_shards(data: DataConfig) -> Files:
+    urls = shards.expand(str(data.root), "data.root")
+    samples = data.samples if data.samples is not None else len(shards.TarImages(urls, data.image_key))
+    if not samples:
+        raise UserError(f"data.root={data.root}: no images in these shards: check data.image_key={data.image_key}")
+    if data.val_root is None:
+        return Files(shards.Shards(urls, samples, data.image_key), [])
+    held_out = shards.TarImages(shards.expand(data.val_root, "data.val_root"), data.image_key)
+    return Files(shards.Shards(urls, samples, data.image_key), held_out)
+
+
+def _find_rows(data: DataConfig) -> Files:
+    images = huggingface.load(data, data.split)
+    if data.val_split is not None:
+        return Files(images, huggingface.load(data, data.val_split))
+    train, held_out = _hold_out(len(images), data.held_out)
+    return Files(images.select(train), images.select(held_out))
 
 
 def _list_images(kind: str, root: Path, key: str) -> list[Path]:
@@ -68,18 +124,19 @@ def _list_images(kind: str, root: Path, key: str) -> list[Path]:
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
     files = sorted(finders[kind](root))
     if not files:
-        raise UserError(f"{key}={root}: no images in there ({', '.join(IMG_EXTENSIONS)}): check the path or data.kind")
+        raise UserError(f"{key}={root}: no images in there ({', '.join(EXTENSIONS)}): check the path or data.kind")
     return files
 
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(root, followlinks=True):
-        yield from (Path(folder, name) for name in names if name.lower().endswith(IMG_EXTENSIONS))
+        yield from (Path(folder, name) for name in names if name.lower().endswith(EXTENSIONS))
 
 
 def _class_folders(root: Path) -> Iterator[Path]:
     try:
-        yield from (Path(path) for path, _ in ImageFolder(root, allow_empty=True).samples)
+        samples = ImageFolder(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
+        yield from (Path(path) for path, _ in samples.samples)
     except FileNotFoundError:  # no folder in root
         raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels") from None
 
@@ -92,13 +149,17 @@ def _read_list(path: Path) -> Iterator[Path]:
     yield from (path.parent / line.strip() for line in lines if line.strip())
 
 
-def _hold_out(files: list[Path], count: int) -> Files:
-    if count >= len(files):
-        raise UserError(f"data.held_out={count} leaves none of {len(files)} images to train on: lower it")
-    # Evenly spaced, so that images sorted by class or by time are represented alike.
-    places = {(2 * i + 1) * len(files) // (2 * count) for i in range(count)}
-    train = [path for i, path in enumerate(files) if i not in places]
-    return Files(train, [files[i] for i in sorted(places)])
+def _hold_out(images: int, count: int) -> tuple[list[int], list[int]]:
+    """Which of so many images are trained on, and which are held out."""
+    if count >= images:
+        raise UserError(f"data.held_out={count} leaves none of {images} images to train on: lower it")
+    held_out = evenly_spaced(images, count)
+    return sorted(set(range(images)).difference(held_out)), held_out
+
+
+def evenly_spaced(images: int, count: int) -> list[int]:
+    """So many different places among images, so that those sorted by class or by time are represented alike."""
+    return [(2 * i + 1) * images // (2 * count) for i in range(count)]
 
 
 def _demo_folder() -> Path:

@@ -1,15 +1,18 @@
 """Loaders of a run: training batches from any step on, and the held-out images."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
-from spark_me.config_schema import Config
-from spark_me.data.datasets import HeldOutDataset, TrainDataset, collate
+from spark_me.config_schema import Config, DataConfig
+from spark_me.data.datasets import HeldOutDataset, Reader, Sample, StreamDataset, TrainDataset, collate
 from spark_me.data.files import Files
 from spark_me.data.sampler import StepSampler
-from spark_me.data.transforms import held_out_transform, train_transform
+from spark_me.data.shards import Shards
+from spark_me.data.streams import ShardSampler
+from spark_me.data.transforms import Transform, held_out_transform, train_transform
 
 
 def train_loader(
@@ -23,30 +26,19 @@ def train_loader(
     pin_memory: bool,
 ) -> DataLoader[Any]:
     """`Batch`es from step `first_step` to the last of the run, this process's share of each."""
-    dataset = TrainDataset(
-        files.train,
-        train_transform(config.data, config.model.image_size),
-        seed=config.run.seed,
-        channels=config.model.in_channels,
-        repeats=config.data.repeats,
-        most_unreadable=most_unreadable,
-    )
-    sampler = StepSampler(
-        len(dataset),
-        config.train.batch_size,
-        config.train.epochs,
-        seed=config.run.seed,
-        first_step=first_step,
-        rank=rank,
-        world_size=world_size,
-    )
-    return _loader(dataset, sampler, config.data.workers, pin_memory)
+    reader = _reader(config, train_transform)
+    order = {"seed": config.run.seed, "first_step": first_step, "rank": rank, "world_size": world_size}
+    size, epochs, data = config.train.batch_size, config.train.epochs, config.data
+    if isinstance(files.train, Shards):
+        stream = ShardSampler(files.train, size, epochs, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
+        return _loader(StreamDataset(reader), stream, data.workers, pin_memory)
+    dataset = TrainDataset(files.train, reader, repeats=data.repeats, most_unreadable=most_unreadable)
+    return _loader(dataset, StepSampler(len(dataset), size, epochs, **order), data.workers, pin_memory)
 
 
 def held_out_dataset(files: Files, config: Config) -> HeldOutDataset:
     """The held-out images, cropped to their centre."""
-    transform = held_out_transform(config.data, config.model.image_size)
-    return HeldOutDataset(files.held_out, transform, config.model.in_channels)
+    return HeldOutDataset(files.held_out, _reader(config, held_out_transform))
 
 
 def held_out_loader(dataset: HeldOutDataset, config: Config, *, pin_memory: bool) -> DataLoader[Any]:
@@ -55,9 +47,13 @@ def held_out_loader(dataset: HeldOutDataset, config: Config, *, pin_memory: bool
     return _loader(dataset, sampler, config.data.workers, pin_memory)
 
 
-def _loader(
-    dataset: TrainDataset | HeldOutDataset, sampler: StepSampler | BatchSampler, workers: int, pin_memory: bool
-) -> DataLoader[Any]:
+def _reader(config: Config, transform: Callable[[DataConfig, Sequence[int], int], Transform]) -> Reader:
+    data, channels = config.data, config.model.in_channels
+    crop = transform(data, config.model.image_size, channels)
+    return Reader(crop, seed=config.run.seed, channels=channels, nodata=data.nodata)
+
+
+def _loader(dataset: Dataset[Sample], sampler: Sampler[Any], workers: int, pin_memory: bool) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -6,6 +6,7 @@ import torch
 # What is drawn; keeps streams of the same (seed, epoch, sample) apart. Masks have their own: `draw_visible_of_samples`.
 ORDER = 1
 CROP = 2
+SHUFFLE = 3
 
 
 def seed_of(purpose: int, seed: int, epoch: int, sample: int = 0) -> int:

@@ -1,45 +1,136 @@
 """From a decoded image to the tensor that the model sees, and back to one that the eye sees."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from spark_me.config_schema import DataConfig
-
-Transform = Callable[[Image.Image], Tensor]
+from spark_me.config_data import PATCH_SIZE, DataConfig, statistics_of
+from spark_me.data.reading import Picture
+from spark_me.data.unreadable import UnreadableImage
+from spark_me.masking import MIN_VALID
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ATTEMPTS = 10
+"""Random crops that are tried of an image with nodata pixels before it is skipped."""
 
 
-def train_transform(data: DataConfig, image_size: Sequence[int]) -> Transform:
-    """Random resized crop and flip, drawn from torch's default generator; float32 [C, H, W], normalised."""
+class Crop(NamedTuple):
+    """What the model sees of an image."""
+
+    image: Tensor
+    """float32 [C, H, W], normalised; 0 where there is no data."""
+    valid: Tensor | None
+    """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
+
+
+class Transform:
+    """Crops, normalises, and finds the patches that have data."""
+
+    def __init__(self, geometry: Callable, data: DataConfig, channels: int, attempts: int) -> None:
+        """
+        Args:
+            geometry: crops and resizes an image or a tensor [C, H, W].
+            data: with `nodata` and the statistics of the channels.
+            channels: C.
+            attempts: how often to crop until there is enough data; more than 1 for random crops.
+        """
+        mean, std = statistics_of(data, channels)
+        self.normalise = v2.Compose(
+            [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), v2.ToPureTensor()]
+        )
+        self.geometry = geometry
+        self.mean = torch.tensor(mean).view(-1, 1, 1)
+        self.nodata = data.nodata is not None
+        self.attempts = attempts
+
+    def __call__(self, picture: Picture) -> Crop:
+        """Crop a picture.
+
+        Raises:
+            UnreadableImage: if too few patches of any crop have data.
+        """
+        if not self.nodata:
+            return Crop(self.normalise(self.geometry(picture)), None)
+        assert isinstance(picture, Tensor)  # RGB and grey images are read as tensors, too, where nodata is asked for
+        marked = self._mark(picture)
+        most = 0
+        for _ in range(self.attempts):
+            crop = self.geometry(marked)
+            without_data = crop[-1].isnan()
+            valid = _patches_with_data(without_data)
+            if valid.sum() >= MIN_VALID:
+                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid)
+            most = max(most, int(valid.sum()))
+        crops = f"in the best of {self.attempts} crops" if self.attempts > 1 else "in its centre crop"
+        raise UnreadableImage(f"nodata: {most} of {valid.numel()} patches have data {crops}, {MIN_VALID} are needed")
+
+    def _mark(self, picture: Tensor) -> Tensor:
+        """Fill nodata pixels with the mean, and append a channel that is NaN there and 0 elsewhere.
+
+        However pixels are resampled, NaN spreads to whatever they have a part in.
+        """
+        without_data = picture[:1].isnan()
+        filled = torch.where(without_data, self.mean, picture)
+        return torch.cat([filled, torch.where(without_data, torch.nan, 0.0)])
+
+
+class CentreCrop:
+    """The largest centred crop of a shape, resized."""
+
+    def __init__(self, image_size: Sequence[int], interpolation: str) -> None:
+        self.height, self.width = image_size
+        self.interpolation = interpolation
+
+    def __call__(self, picture: Picture) -> Picture:
+        """Crop an image or a tensor [C, H, W] to height × width."""
+        if isinstance(picture, Image.Image):
+            return ImageOps.fit(picture, (self.width, self.height), RESAMPLING[self.interpolation])
+        height, width = picture.shape[-2:]
+        scale = min(height / self.height, width / self.width)
+        crop = v2.CenterCrop([max(1, round(self.height * scale)), max(1, round(self.width * scale))])
+        size = [self.height, self.width]
+        resize = v2.Resize(size, interpolation=InterpolationMode(self.interpolation), antialias=True)
+        resized: Tensor = resize(crop(picture))
+        return resized
+
+
+def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3) -> Transform:
+    """Random resized crop and flip, drawn from torch's default generator."""
     crop = v2.RandomResizedCrop(
         list(image_size),
         scale=(data.crop_scale[0], data.crop_scale[1]),
         interpolation=InterpolationMode(data.interpolation),
         antialias=True,
     )
-    return v2.Compose([crop, v2.RandomHorizontalFlip(data.flip), *_to_normalised_tensor(data)])
+    geometry = v2.Compose([crop, v2.RandomHorizontalFlip(data.flip)])
+    return Transform(geometry, data, channels, ATTEMPTS)
 
 
-def held_out_transform(data: DataConfig, image_size: Sequence[int]) -> Transform:
-    """The largest centred crop of the image's shape, resized; float32 [C, H, W], normalised."""
-    height, width = image_size
-
-    def centre(image: Image.Image) -> Image.Image:
-        return ImageOps.fit(image, (width, height), RESAMPLING[data.interpolation])
-
-    return v2.Compose([centre, *_to_normalised_tensor(data)])
+def held_out_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3) -> Transform:
+    """The largest centred crop of the image's shape, resized."""
+    return Transform(CentreCrop(image_size, data.interpolation), data, channels, attempts=1)
 
 
 def to_displayable(images: Tensor, data: DataConfig) -> Tensor:
-    """Undo the normalisation: float [B, C, H, W] in 0 to 1, clipped."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    return (images * std + mean).clamp(0, 1)
+    """Undo the normalisation: float [B, 3 or 1, H, W] in 0 to 1, clipped.
+
+    Of two or more than three channels, the first or the first three are taken. What is no photo, because its
+    mean is not within 0 to 1 or its values lie close together, is shown within 2.5 deviations of its mean.
+    """
+    channels = images.shape[1]
+    mean, std = (torch.tensor(values, device=images.device) for values in statistics_of(data, channels))
+    shown = 3 if channels >= 3 else 1
+    if channels not in (1, 3) or mean.min() < 0 or mean.max() > 1 or std.max() < 0.1:
+        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.2)
+    restored = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
+    return restored[:, :shown].clamp(0, 1)
 
 
-def _to_normalised_tensor(data: DataConfig) -> list[Callable]:
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std), v2.ToPureTensor()]
+def _patches_with_data(without_data: Tensor) -> Tensor:
+    """bool [H, W] of pixels → bool [fh, fw] of patches."""
+    blocks = without_data.unfold(0, PATCH_SIZE, PATCH_SIZE).unfold(1, PATCH_SIZE, PATCH_SIZE)
+    return ~blocks.flatten(2).any(dim=2)

@@ -5,6 +5,10 @@ from collections.abc import Callable, Iterable
 from spark_me.errors import UserError
 
 
+class UnreadableImage(Exception):
+    """An image that cannot be used, with the reason."""
+
+
 class UnreadableFiles:
     """Reasons by path, with a limit."""
 

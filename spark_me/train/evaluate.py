@@ -38,10 +38,11 @@ def held_out_loss(
         unreadable.add(batch.unreadable)
         if not batch.indices:
             continue
+        valid = None if batch.valid is None else batch.valid.to(device)
         for number in range(MASKS):
-            visible = draw_visible_of_samples(seed, number, batch.indices, model.grid, model.mask_ratio)
+            visible = draw_visible_of_samples(seed, number, batch.indices, model.grid, model.mask_ratio, batch.valid)
             with autocast:
-                loss = model(batch.images.to(device), visible.to(device))
+                loss = model(batch.images.to(device), visible.to(device), valid)
             total += loss.item() * len(batch.indices)
         images += len(batch.indices)
     model.train()

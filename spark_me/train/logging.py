@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from spark_me.train.data_wait import DataWait
 from spark_me.train.metrics import MetricsFile
 from spark_me.train.run_directory import RunDirectory
 
@@ -16,7 +17,9 @@ BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt} · {postfix[text]} · {remaining}
 class RunLog:
     """Reports of the main process."""
 
-    def __init__(self, run: RunDirectory, *, steps: int, steps_per_epoch: int, first_step: int, log_every: int) -> None:
+    def __init__(
+        self, run: RunDirectory, *, steps: int, steps_per_epoch: int, first_step: int, log_every: int, workers: int
+    ) -> None:
         self.steps_per_epoch = steps_per_epoch
         self.epochs = steps // steps_per_epoch
         self.log_every = log_every
@@ -34,15 +37,19 @@ class RunLog:
             disable=not sys.stderr.isatty(),
         )
         self._rate = _Rate()
+        self._wait = DataWait(workers)
 
     def step(self, step: int, values: dict[str, float], images: int) -> None:
         """Report a step: `step` done so far, its values by name, the images it took."""
-        rate = self._rate.add(images)
+        rate, data_wait = self._rate.add(images, values["data_wait"])
         self._postfix["text"] = f"loss {values['loss']:.4f} · {rate:.0f} images/s"
         self._bar.set_description_str(self._describe(step - 1), refresh=False)
         self._bar.update()
+        slow = self._wait.add(values["data_wait"])
+        if slow is not None:
+            self._bar.write(f"spark-me: {slow}")
         if step % self.log_every == 0 or step % self.steps_per_epoch == 0:
-            self._write(step, {**values, "images_per_second": rate})
+            self._write(step, {**values, "data_wait": data_wait, "images_per_second": rate})
             self._rate = _Rate()
 
     def epoch(self, step: int, loss: float, held_out_loss: float | None) -> None:
@@ -52,6 +59,7 @@ class RunLog:
             self._write(step, {"held_out_loss": held_out_loss})
             line += f" · held-out {held_out_loss:.4f}"
         self._bar.write(line)
+        self._wait.begin_epoch()
         self._rate = _Rate()  # what happens between epochs is not training
 
     def close(self) -> None:
@@ -70,12 +78,15 @@ class RunLog:
 
 
 class _Rate:
-    """Images per second since it was made."""
+    """Images per second and mean seconds of waiting a step, since it was made."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._images = 0
+        self._images = self._steps = 0
+        self._waited = 0.0
 
-    def add(self, images: int) -> float:
+    def add(self, images: int, data_wait: float) -> tuple[float, float]:
         self._images += images
-        return self._images / (time.perf_counter() - self._start)
+        self._steps += 1
+        self._waited += data_wait
+        return self._images / (time.perf_counter() - self._start), self._waited / self._steps

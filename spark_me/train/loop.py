@@ -11,6 +11,7 @@ from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.masking import draw_visible_of_samples
 from spark_me.train.checkpoint import TrainState
+from spark_me.train.data_wait import timed
 from spark_me.train.schedules import Schedule
 
 OnStep = Callable[[dict[str, float], int], None]
@@ -37,17 +38,21 @@ def train(
     """
     model = state.model
     model.train()
-    for batch in batches:
+    for batch, data_wait in timed(batches):
         unreadable.add(batch.unreadable)
+        if not batch.indices:
+            raise UserError(f"none of the images of step {state.step + 1} is readable: run `spark-me data check`")
         epoch = state.step // steps_per_epoch
-        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio)
+        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio, batch.valid)
         schedule.apply(state.optimizer, state.step)
         with autocast:
-            loss = model(batch.images.to(device, non_blocking=True), visible.to(device))
+            valid = None if batch.valid is None else batch.valid.to(device, non_blocking=True)
+            loss = model(batch.images.to(device, non_blocking=True), visible.to(device), valid)
         gradient_norm = _backward(state, loss, clip_norm)
         state.optimizer.step()
         state.step += 1
         values = {"loss": loss.item(), "gradient_norm": gradient_norm, "lr": schedule.lr(state.step - 1)}
+        values["data_wait"] = data_wait
         on_step({**values, "weight_decay": schedule.decay(state.step - 1)}, len(batch.indices))
 
 

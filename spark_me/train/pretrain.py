@@ -37,7 +37,7 @@ def pretrain(config: Config) -> None:
     """
     run = RunDirectory(config.run.dir)
     run.check(config)
-    files = find_files(config.data)
+    files = find_files(config.data, config.model.in_channels)
     _count_steps_per_epoch(files, config)
     device = _pick_device(config.run.device)
     torch.manual_seed(config.run.seed)
@@ -78,6 +78,7 @@ class Pretraining:
             steps_per_epoch=self.steps_per_epoch,
             first_step=state.step,
             log_every=config.run.log_every_steps,
+            workers=config.data.workers,
         )
 
     def train(self) -> None:
@@ -143,9 +144,7 @@ class Pretraining:
         rows = min(PICTURES, len(self.held_out))
         batch = collate([self.held_out[index] for index in range(rows)])
         if batch.indices:
-            draw_reconstruction(
-                self.state.model, batch.images, self.config, self.run.picture, seed=self.config.run.seed
-            )
+            draw_reconstruction(self.state.model, batch, self.config, self.run.picture, seed=self.config.run.seed)
 
     def _train_batches(self) -> DataLoader[Any]:
         return train_loader(

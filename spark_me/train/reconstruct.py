@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from spark_me import build_model
 from spark_me.config import Config
-from spark_me.data.datasets import collate
+from spark_me.data.datasets import Batch, collate
 from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset
 from spark_me.data.transforms import to_displayable
@@ -52,8 +50,8 @@ def model_of(config: Config) -> SparK:
     )
 
 
-def load_images(paths: Sequence[Path], config: Config) -> Tensor:
-    """Read files as the held-out images are: float32 [B, C, H, W], normalised.
+def load_images(paths: Sequence[Path], config: Config) -> Batch:
+    """Read files as the held-out images are.
 
     Raises:
         UserError: naming the first file that is unreadable.
@@ -62,16 +60,18 @@ def load_images(paths: Sequence[Path], config: Config) -> Tensor:
     batch = collate([dataset[index] for index in range(len(dataset))])
     for path, reason in batch.unreadable:
         raise UserError(f"{path}: unreadable ({reason}): give images that open in a viewer")
-    return batch.images
+    return batch
 
 
-def draw_reconstruction(model: SparK, images: Tensor, config: Config, path: Path, *, seed: int) -> None:
-    """Reconstruct images [B, C, H, W] under reproducible masks and write the picture; the model's mode is kept."""
+def draw_reconstruction(model: SparK, batch: Batch, config: Config, path: Path, *, seed: int) -> None:
+    """Reconstruct images under reproducible masks and write the picture; the model's mode is kept."""
+    images, valid = batch.images, batch.valid
     device = next(model.parameters()).device
-    visible = draw_visible_of_samples(seed, 0, range(len(images)), model.grid, model.mask_ratio)
+    visible = draw_visible_of_samples(seed, 0, range(len(images)), model.grid, model.mask_ratio, valid)
     training = model.training
     model.eval()  # as for the held-out loss
-    prediction = model.reconstruct(images.to(device), visible.to(device)).prediction
+    on_device = None if valid is None else valid.to(device)
+    prediction = model.reconstruct(images.to(device), visible.to(device), on_device).prediction
     model.train(training)
     plot_reconstruction(
         to_displayable(images, config.data),

@@ -1,0 +1,116 @@
+"""The section `data` of a configuration: its keys with type, default and meaning, and the ranges of their values."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# Key, whether its value is good, what it has to be.
+Rule = tuple[str, bool, str]
+
+PATCH_SIZE = 32
+"""P, the total stride of every encoder: what images are multiples of, and what nodata is judged by."""
+FILE_KINDS = ("images", "imagefolder", "imagenet", "list")
+DATA_KINDS = (*FILE_KINDS, "webdataset", "huggingface", "demo")
+INTERPOLATIONS = ("bicubic", "bilinear")
+PIPE = "pipe:"
+"""What a shard begins with that is the output of a command."""
+# Mean and deviation of ImageNet in RGB, and of their average.
+STATISTICS = {3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), 1: ([0.449], [0.226])}
+
+
+@dataclass
+class DataConfig:
+    """The images. Nothing here needs labels."""
+
+    kind: str = "images"
+    """images: a folder at any depth. imagefolder: one folder a class. imagenet: ImageNet's layout, train/ and val/ in
+    root. list: a text file of paths. webdataset: tar shards. huggingface: a data set of its hub, or one saved with
+    save_to_disk. demo: own photos."""
+    root: str | None = None
+    """The folder; the text file for kind list (its paths are relative to it); shards with brace patterns for kind
+    webdataset, local or `pipe:COMMAND`; the name or folder for kind huggingface. Not for kind demo."""
+    val_root: str | None = None
+    """Another root whose images are held out of training to measure the loss on. Shards must be local."""
+    split: str = "train"
+    """Which split of a huggingface data set is trained on."""
+    val_split: str | None = None
+    """Which split of a huggingface data set is held out."""
+    held_out: int = 0
+    """Without val_root and val_split: how many images of root, evenly spaced in their order, are held out. For kind
+    imagenet: how many of val/, 0 for all."""
+    image_key: str | None = None
+    """Which part of a sample is the image: an extension (webdataset) or a column (huggingface); null: the first one."""
+    samples: int | None = None
+    """Images in all shards of root together; null counts them at the start, which pipes do not allow."""
+    shuffle_buffer: int = 1000
+    """Shards are read in a random order, and their images are drawn from a buffer of so many; 1 keeps their order."""
+    repeats: int = 1
+    """How many crops of each image make one epoch; more than 1 is for data sets of a few images."""
+    crop_scale: list[float] = field(default_factory=lambda: [0.67, 1.0])
+    """Smallest and largest share of an image's area that a random crop takes."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    interpolation: str = "bicubic"
+    """How crops are resized: bicubic or bilinear, antialiased."""
+    mean: list[float] | None = None
+    """What is subtracted per channel. 8-bit values count from 0 to 1, 16-bit ones too, others as they are. null:
+    ImageNet's, for RGB and grey alone."""
+    std: list[float] | None = None
+    """What it is then divided by; null as for mean."""
+    nodata: float | None = None
+    """The value, as stored, of pixels that hold none: a number where all channels have it, or nan where any has it.
+    Patches with such a pixel are neither visible nor reconstructed. null: all pixels count."""
+    workers: int = 4
+    """Processes that load images; 0 loads in the training process. The result does not depend on it."""
+    max_unreadable: float = 0.01
+    """Share of the images that may be unreadable (skipped and listed) before the run stops."""
+
+
+def statistics_of(data: DataConfig, channels: int) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and deviation per channel, given or ImageNet's; None where it has none for so many channels."""
+    mean, std = STATISTICS.get(channels, (None, None))
+    return data.mean if data.mean is not None else mean, data.std if data.std is not None else std
+
+
+def data_rules(data: DataConfig, channels: int) -> Iterator[Rule]:
+    """Every range check, in the order of the keys."""
+    yield "data.kind", data.kind in DATA_KINDS, f"must be one of {', '.join(DATA_KINDS)}"
+    yield from _place_rules(data)
+    yield "data.repeats", data.repeats >= 1, "must be at least 1"
+    scale = data.crop_scale
+    yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
+    yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
+    yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
+    yield from _statistics_rules("data.mean", data.mean, channels)
+    yield from _statistics_rules("data.std", data.std, channels)
+    yield "data.std", data.std is None or all(value > 0 for value in data.std), "must be positive"
+    yield "data.workers", data.workers >= 0, "must not be negative"
+    yield "data.max_unreadable", 0 <= data.max_unreadable < 1, "must be a share in [0, 1)"
+
+
+def _place_rules(data: DataConfig) -> Iterator[Rule]:
+    demo, shards, hub = (data.kind == kind for kind in ("demo", "webdataset", "huggingface"))
+    yield "data.root", demo or bool(data.root), "must name your images: add data.root=/path/to/images"
+    yield "data.root", not demo or data.root is None, "must be null for data.kind=demo, which has its own photos"
+    own = data.kind in ("demo", "imagenet", "huggingface")
+    yield "data.val_root", not own or data.val_root is None, f"must be null for data.kind={data.kind}"
+    pipe = data.val_root is not None and PIPE in data.val_root
+    yield "data.val_root", not pipe, "must be local shards, which can be read in any order"
+    yield "data.split", hub or data.split == "train", "is for data.kind=huggingface"
+    yield "data.val_split", hub or data.val_split is None, "is for data.kind=huggingface"
+    yield "data.held_out", data.held_out >= 0, "must not be negative"
+    exclusive = demo or data.val_root is not None or data.val_split is not None
+    yield "data.held_out", not (exclusive and data.held_out), "must be 0 with val_root, val_split or data.kind=demo"
+    yield "data.held_out", not (shards and data.held_out), "must be 0 for shards: hold out whole ones by data.val_root"
+    yield "data.image_key", data.image_key is None or shards or hub, "is for data.kind=webdataset and huggingface"
+    yield "data.samples", data.samples is None or shards, "is for data.kind=webdataset"
+    yield "data.samples", data.samples is None or data.samples >= 1, "must be null or at least 1"
+    counted = not (shards and data.samples is None and PIPE in str(data.root))
+    yield "data.samples", counted, "must say how many images the shards hold, as pipes cannot be counted beforehand"
+    yield "data.shuffle_buffer", data.shuffle_buffer >= 1, "must be at least 1"
+
+
+def _statistics_rules(key: str, values: list[float] | None, channels: int) -> Iterator[Rule]:
+    measure = "measure it by `spark-me data stats YOUR.yaml`"
+    known = values is not None or channels in (1, 3)
+    yield key, known, f"must have model.in_channels={channels} values: {measure}"
+    yield key, values is None or len(values) == channels, f"must have model.in_channels={channels} values: {measure}"

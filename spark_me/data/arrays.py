@@ -1,0 +1,121 @@
+"""Images that are arrays: more than 8 bits, other numbers of channels, pixels without data."""
+
+import importlib.util
+import math
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from spark_me.data.unreadable import UnreadableImage
+
+GROUP = "needs tifffile: install spark_me's group [multiband]"
+FULL_SCALE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
+"""What a value of 1 is stored as; other types are taken as they are."""
+
+
+def has_tifffile() -> bool:
+    """Whether multi-band TIFFs can be read."""
+    return importlib.util.find_spec("tifffile") is not None
+
+
+def read_npy(content: Path | bytes, channels: int) -> np.ndarray:
+    """Pixels of a .npy file, [H, W, C] or [H, W].
+
+    Raises:
+        UnreadableImage: if it is damaged, too large, or of another shape.
+    """
+    try:
+        with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            _require_reasonable(read_header(file)[0])  # before memory is asked for
+            file.seek(0)
+            array = np.lib.format.read_array(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from None
+    return check(array, channels)
+
+
+def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
+    """Pixels [H, W, C] of a TIFF's first image; its bands may be interleaved, planes or pages.
+
+    Raises:
+        UnreadableImage: if it is damaged, too large or of another shape, or the package that reads it is missing.
+    """
+    if not has_tifffile():
+        raise UnreadableImage(GROUP)
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(BytesIO(content) if isinstance(content, bytes) else content) as file:
+            series = file.series[0]
+            _require_reasonable(series.shape)
+            array, axes = series.asarray(), series.axes
+    except UnreadableImage:
+        raise
+    except Exception as error:  # its many decoders raise anything on damaged bytes
+        raise UnreadableImage(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+    others = [place for place, (axis, length) in enumerate(zip(axes, array.shape)) if axis not in "YX" and length > 1]
+    if "Y" not in axes or "X" not in axes or len(others) > 1:
+        raise UnreadableImage(f"is no image of height, width and channels, but has the axes {axes} {array.shape}")
+    order = [axes.index("Y"), axes.index("X"), *others]
+    singletons = tuple(place for place in range(array.ndim) if place not in order)
+    return check(array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order]), channels)
+
+
+def check(array: np.ndarray, channels: int) -> np.ndarray:
+    """The array as [H, W, C], if it is an image of so many channels.
+
+    Raises:
+        UnreadableImage: if it is not, or if it cannot be told which axis are the channels.
+    """
+    if array.dtype.kind not in "uif":
+        raise UnreadableImage(f"has values of type {array.dtype}, not numbers")
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise UnreadableImage(f"has the shape {array.shape}, not height × width × channels")
+    array = with_channels(array)
+    _require_reasonable(array.shape)
+    if array.shape[0] == channels > 1 and array.shape[2] == channels:
+        raise UnreadableImage(f"has the shape {array.shape}, which may be H×W×C or C×H×W")
+    if array.shape[2] != channels:
+        swapped = ": looks like C×H×W, store it as H×W×C" if array.shape[0] == channels else ""
+        raise UnreadableImage(f"has the shape {array.shape}, not H×W×C with model.in_channels={channels}{swapped}")
+    return array
+
+
+def with_channels(array: np.ndarray) -> np.ndarray:
+    """[H, W] → [H, W, 1]."""
+    return array[..., None] if array.ndim == 2 else array
+
+
+def to_float(array: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Scale pixels [H, W, C] to float32 [C, H, W]: uint8 and uint16 to 0 to 1, others as they are.
+
+    Args:
+        array: as stored.
+        nodata: the stored value of pixels without data, which become NaN in all channels.
+
+    Raises:
+        UnreadableImage: if a pixel with data is not finite.
+    """
+    without_data = np.zeros(array.shape[:2], dtype=bool)
+    if nodata is not None:
+        # NaN is never measured, so one is enough; a number may well be, so all channels must have it.
+        without_data = np.isnan(array).any(axis=2) if math.isnan(nodata) else (array == nodata).all(axis=2)
+    scaled = array.astype(np.float32) / np.float32(FULL_SCALE.get(array.dtype, 1))
+    if not np.isfinite(scaled[~without_data]).all():
+        raise UnreadableImage("has NaN or infinite pixels: if they mean no data, set data.nodata=nan")
+    scaled[without_data] = np.nan
+    return np.ascontiguousarray(scaled.transpose(2, 0, 1))
+
+
+def _require_reasonable(shape: tuple[int, ...]) -> None:
+    # Of three axes, the shortest is the channels'.
+    pixels = math.prod(sorted(shape)[-2:])
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and pixels > limit:
+        raise UnreadableImage(f"too large: {pixels} pixels, above Pillow's limit of {limit}")

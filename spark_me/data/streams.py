@@ -1,0 +1,152 @@
+"""Which images of shards each step sees. One reader a process hands them to the workers, whatever their number."""
+
+import queue
+import random
+import threading
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import TypeVar
+
+import torch
+from torch.utils.data import Sampler
+
+from spark_me.data.randomness import ORDER, SHUFFLE, generator_of, seed_of
+from spark_me.data.reading import Encoded
+from spark_me.data.shards import Shards
+from spark_me.errors import UserError
+
+Key = tuple[int, int, Encoded]
+"""(epoch, sample index, image)."""
+T = TypeVar("T")
+BATCHES_AHEAD = 2
+"""Batches that are read while training, besides those that the workers have."""
+
+
+class ShardSampler(Sampler[list[Key]]):
+    """This process's batches from one step to the last of the run.
+
+    Every epoch is a new order of the shards. Each process takes every world_size-th of them, reads them one after the
+    other, and draws their images from a buffer; a process whose shards are read before the epoch ends begins them
+    again. A sample's index is made of the pass, its shard's place and its place in the shard, whenever it is read.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        batch_size: int,
+        epochs: int,
+        *,
+        repeats: int,
+        buffer: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """
+        Args:
+            shards: at least `world_size`.
+            batch_size: images in a step over all processes; a multiple of `world_size`.
+            epochs: length of the run.
+            repeats: passes over the shards that make one epoch.
+            buffer: images that the next one is drawn from.
+            seed: the run's seed.
+            first_step: where to begin; the images of the epoch's earlier steps are read again and dropped.
+            rank: this process.
+            world_size: number of processes.
+
+        Raises:
+            UserError: if there are fewer shards than processes.
+        """
+        if len(shards.urls) < world_size:
+            raise UserError(
+                f"data.root: {len(shards.urls)} shards cannot be split over {world_size} processes: start fewer, or "
+                "make more and smaller shards"
+            )
+        self.shards = shards
+        self.share = batch_size // world_size
+        self.steps_per_epoch = len(shards) * repeats // batch_size
+        self.steps = self.steps_per_epoch * epochs
+        self.buffer = buffer
+        self.seed = seed
+        self.first_step = first_step
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return self.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return read_ahead(self._batches(), BATCHES_AHEAD)
+
+    def _batches(self) -> Iterator[list[Key]]:
+        epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
+        for step in range(self.first_step, self.steps):
+            if step == self.first_step or step % self.steps_per_epoch == 0:
+                epoch = step // self.steps_per_epoch
+                images = self._shuffled(epoch)
+                if skipped and self.rank == 0:
+                    print(f"reading past {skipped * self.share} images of epoch {epoch + 1} to where the run was")
+                # The buffer's content depends on all that came before.
+                next(islice(images, skipped * self.share, skipped * self.share), None)
+                skipped = 0
+            yield [(epoch, index, image) for index, image in islice(images, self.share)]
+
+    def _shuffled(self, epoch: int) -> Iterator[tuple[int, Encoded]]:
+        """Endless (index, image) of an epoch."""
+        from webdataset import shuffle
+
+        order = torch.randperm(len(self.shards.urls), generator=generator_of(ORDER, self.seed, epoch)).tolist()
+        own = order[self.rank :: self.world_size]
+        draws = random.Random(seed_of(SHUFFLE, self.seed, epoch, self.rank))
+        for number in count():
+            empty = True
+            for image in shuffle(self.buffer, initial=self.buffer, rng=draws)(self._in_order(own, number)):
+                empty = False
+                yield image
+            if empty:
+                raise UserError(
+                    f"data.root: no images in {len(own)} shards, the first of which is {self.shards.urls[own[0]]}: "
+                    f"check data.image_key={self.shards.image_key}"
+                )
+
+    def _in_order(self, own: list[int], number: int) -> Iterator[tuple[int, Encoded]]:
+        for shard in own:
+            for place, image in enumerate(self.shards.read(shard)):
+                yield ((number * len(self.shards.urls) + shard) << 32) + place, image
+
+
+def read_ahead(values: Iterator[T], most: int) -> Iterator[T]:
+    """Run an iterator in a thread of its own, at most so many values ahead; its errors are raised here."""
+    done = object()
+    stop = threading.Event()
+    waiting: queue.Queue = queue.Queue(most)
+
+    def put(value: object) -> bool:
+        while not stop.is_set():
+            try:
+                waiting.put(value, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read() -> None:
+        try:
+            for value in values:
+                if not put(value):
+                    return
+            put(done)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (value := waiting.get()) is not done:
+            if isinstance(value, BaseException):
+                raise value
+            yield value
+    finally:
+        stop.set()
+        thread.join()
