@@ -6,10 +6,11 @@ Importing this package imports neither MinkowskiEngine nor the trainer.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spark_me.encoders import list_encoders
+from spark_me.encoders import list_encoders, register_encoder
 from spark_me.errors import EngineError, UserError
 
 if TYPE_CHECKING:
+    from spark_me.encoders.base import SparseEncoder
     from spark_me.spark import SparK
     from spark_me.weights.convert import convert
     from spark_me.weights.models import get_model, list_models
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EngineError",
+    "SparseEncoder",
     "UserError",
     "build_model",
     "convert",
@@ -26,10 +28,12 @@ __all__ = [
     "list_encoders",
     "list_models",
     "load_weights",
+    "register_encoder",
 ]
 
-# Imported when first used: they need torch, the models torchvision too.
+# Imported when first used: they need torch, the models torchvision, encoders the engine.
 _LAZY = {
+    "SparseEncoder": "spark_me.encoders.base",
     "convert": "spark_me.weights.convert",
     "export_weights": "spark_me.weights.transfer",
     "get_model": "spark_me.weights.models",

@@ -9,6 +9,7 @@ from spark_me import masking, sparse
 from spark_me.decoder import Decoder, patch_loss
 from spark_me.densify import Densify
 from spark_me.encoders.base import SparseEncoder
+from spark_me.errors import UserError
 from spark_me.sparse import Pyramid, SparseTensor
 
 
@@ -43,6 +44,7 @@ class SparK(nn.Module):
         backend: str = "fused",
     ) -> None:
         super().__init__()
+        _check_scales(encoder)
         self.patch_size = encoder.total_stride
         self.grid = masking.grid_of(image_size, self.patch_size)
         self.mask_ratio = mask_ratio
@@ -125,3 +127,16 @@ class SparK(nn.Module):
         # Selected, not multiplied: a NaN times zero would reach the gradients.
         has_data = masking.upsample_visible(valid, self.patch_size)[:, None]
         return torch.where(has_data, images, 0), visible, valid & ~visible
+
+
+def _check_scales(encoder: SparseEncoder) -> None:
+    """Refuse an encoder of one's own whose scales the decoder cannot take."""
+    strides, total = tuple(encoder.strides), encoder.total_stride
+    expected = tuple(total // 2**step for step in reversed(range(len(strides))))
+    if total & (total - 1) or not 1 <= len(strides) < total.bit_length() or strides != expected:
+        raise UserError(
+            f"{type(encoder).__name__}: strides {strides} must each be half of the next and end with its total_stride, "
+            f"a power of two ({total})"
+        )
+    if len(encoder.channels) != len(strides):
+        raise UserError(f"{type(encoder).__name__}: has {len(strides)} strides but {len(encoder.channels)} channels")

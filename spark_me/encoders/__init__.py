@@ -1,5 +1,5 @@
 """Sparse encoders and their registry."""
 
-from spark_me.encoders.registry import ENCODERS, EncoderEntry, build_encoder, list_encoders
+from spark_me.encoders.registry import ENCODERS, EncoderEntry, build_encoder, list_encoders, register_encoder
 
-__all__ = ["ENCODERS", "EncoderEntry", "build_encoder", "list_encoders"]
+__all__ = ["ENCODERS", "EncoderEntry", "build_encoder", "list_encoders", "register_encoder"]

@@ -7,12 +7,12 @@ from spark_me.sparse import SparseTensor
 
 
 class SparseEncoder(nn.Module):
-    """A convnet on sparse tensors, without a classifier.
+    """A convnet on sparse tensors, without a classifier: what an encoder of one's own subclasses.
 
     Attributes:
-        strides: of the feature scales, shallow to deep.
+        strides: of the feature scales, shallow to deep: each half of the next, the last is the total stride.
         channels: of the feature scales.
-        total_stride: the patch size P that masks need; a power of two.
+        total_stride: the patch size P that masks need; a power of two, 8 to 64 in practice.
         densify_norm: from a number of channels, the norm that densifying applies to each feature scale.
         checkpointing: whether blocks keep only their inputs for the backward pass, for less memory and more time.
     """

@@ -17,8 +17,10 @@ class EncoderEntry:
 
     build: Callable[[int, float], "SparseEncoder"]
     """(in_channels, drop_path) → the encoder."""
-    drop_path: float
+    drop_path: float = 0.0
     """Default stochastic depth of the last block."""
+    total_stride: int = 32
+    """The patch size P; image sizes are multiples of it."""
 
 
 # Block and number of blocks in each of the four stages.
@@ -97,6 +99,29 @@ ENCODERS: dict[str, EncoderEntry] = {
 def list_encoders() -> list[str]:
     """Names that `build_encoder` and `spark_me.build_model` accept."""
     return list(ENCODERS)
+
+
+def register_encoder(
+    name: str,
+    build: Callable[[int, float], "SparseEncoder"],
+    *,
+    total_stride: int,
+    drop_path: float = 0.0,
+) -> None:
+    """Make an encoder of one's own known by name: to `build_model`, to configurations and to every command.
+
+    Args:
+        name: a new name.
+        build: (in_channels, drop_path) → the encoder; a subclass of `spark_me.SparseEncoder` will do.
+        total_stride: the encoder's; known here so that configurations are checked without building it.
+        drop_path: default stochastic depth of the last block.
+
+    Raises:
+        UserError: for a name that is taken.
+    """
+    if name in ENCODERS:
+        raise UserError(f"encoder {name!r} exists already: register yours under another name")
+    ENCODERS[name] = EncoderEntry(build, drop_path, total_stride)
 
 
 def build_encoder(name: str, in_channels: int = 3, drop_path: float | None = None) -> "SparseEncoder":
