@@ -31,6 +31,22 @@ RESNETS: dict[str, tuple[str, tuple[int, int, int, int]]] = {
     "resnet200": ("Bottleneck", (3, 24, 36, 3)),
 }
 
+# Version, number of blocks and channels in each of the four stages.
+CONVNEXTS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    "convnext_tiny": (1, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": (1, (3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": (1, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": (1, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_atto": (2, (2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": (2, (2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": (2, (2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": (2, (2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": (2, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnextv2_base": (2, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnextv2_large": (2, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_huge": (2, (3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
 
 def _resnet(name: str) -> Callable[[int, float], "SparseEncoder"]:
     block, depths = RESNETS[name]

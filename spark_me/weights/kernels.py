@@ -1,7 +1,8 @@
 """Convolution weights between MinkowskiEngine's layout and torch's; needs torch alone.
 
 MinkowskiEngine numbers kernel offsets with the first spatial axis fastest. With coordinates (image, y, x) that axis
-is y, so a kernel [K, Cin, Cout] reads as [kw, kh, Cin, Cout]. A symmetric kernel would hide the mistake.
+is y, so a kernel [K, Cin, Cout] reads as [kw, kh, Cin, Cout]. A symmetric kernel would hide the mistake. Its bias is
+[1, Cout].
 """
 
 from collections.abc import Mapping
@@ -10,17 +11,22 @@ from torch import Tensor, nn
 
 
 def kernel_to_weight(kernel: Tensor, kernel_size: int) -> Tensor:
-    """MinkowskiEngine's kernel [K, Cin, Cout], or [Cin, Cout] for 1×1 stride 1, to torch's weight [Cout, Cin, k, k]."""
-    in_channels, out_channels = kernel.shape[-2:]
-    return kernel.reshape(kernel_size, kernel_size, in_channels, out_channels).permute(3, 2, 1, 0).contiguous()
+    """MinkowskiEngine's kernel to torch's weight [Cout, Cin, k, k].
+
+    Args:
+        kernel: [K, Cin, Cout]; [Cin, Cout] of a 1×1 convolution of stride 1; [K, C] of a depthwise one, whose weight is
+            [C, 1, k, k].
+        kernel_size: k.
+    """
+    return kernel.reshape(kernel_size, kernel_size, -1, kernel.shape[-1]).permute(3, 2, 1, 0).contiguous()
 
 
 def weight_to_kernel(weight: Tensor, kernel_shape: tuple[int, ...]) -> Tensor:
     """Inverse of `kernel_to_weight`.
 
     Args:
-        weight: [Cout, Cin, k, k].
-        kernel_shape: the shape that the layer's `kernel` has: a 1×1 layer's rank depends on its stride.
+        weight: [Cout, Cin, k, k]; [C, 1, k, k] of a depthwise convolution.
+        kernel_shape: the shape that the layer's `kernel` has: its rank depends on the layer.
     """
     return weight.permute(3, 2, 1, 0).reshape(kernel_shape).contiguous()
 
@@ -29,7 +35,7 @@ def to_dense_state(state: Mapping[str, Tensor], dense: nn.Module) -> dict[str, T
     """Bring a sparse model's state dict to the layout of its dense twin, whose module types drive the conversion.
 
     Args:
-        state: tensors named as in the sparse model; a convolution's is `….kernel`.
+        state: tensors named as in the sparse model; a convolution's are `….kernel` and `….bias`.
         dense: a module with the same names, `….weight` for its convolutions.
 
     Returns:
@@ -40,4 +46,6 @@ def to_dense_state(state: Mapping[str, Tensor], dense: nn.Module) -> dict[str, T
         kernel = converted.pop(f"{name}.kernel", None) if isinstance(module, nn.Conv2d) else None
         if kernel is not None:
             converted[f"{name}.weight"] = kernel_to_weight(kernel, module.kernel_size[0])
+            if f"{name}.bias" in converted:
+                converted[f"{name}.bias"] = converted[f"{name}.bias"].flatten()
     return converted
