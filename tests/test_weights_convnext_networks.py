@@ -29,9 +29,12 @@ from convnext_networks import (
     sparse_shapes,
 )
 from published_convnexts import PublishedConvNeXt
+from torch.nn import functional
 
 import spark_me
+from spark_me.cli import main
 from spark_me.encoders.registry import CONVNEXTS
+from spark_me.weights.files import read_card, read_state
 from spark_me.weights.layouts import layout_names
 from spark_me.weights.models import DenseConvNeXt
 
@@ -68,17 +71,19 @@ def test_exports_fill_networks_of_the_published_names(name, names, assert_close)
     state = random_library_state(name)
     exported = convert(state, names)
     head = {
-        "official": {"norm.weight", "norm.bias", "head.weight", "head.bias"},
-        "mmpretrain": {"backbone.norm3.weight", "backbone.norm3.bias", "head.fc.weight", "head.fc.bias"},
+        "official": ["norm.weight", "norm.bias", "head.weight", "head.bias"],
+        "mmpretrain": ["backbone.norm3.weight", "backbone.norm3.bias", "head.fc.weight", "head.fc.bias"],
     }[names]
-    assert head < exported.keys()
     encoder = {key.removeprefix("backbone."): tensor for key, tensor in exported.items() if key not in head}
     published = filled(PublishedConvNeXt(name, names), encoder)
     images = images_of(2, 3, 64, 32)
-    expected = library_features(filled(library_network(name), state), images)
-    visible = torch.ones(2, 2, 1, dtype=torch.bool)
-    for actual, map_ in zip(published(images, visible), expected, strict=True):
+    network = filled(library_network(name), state)
+    maps = published(images, torch.ones(2, 2, 1, dtype=torch.bool))
+    for actual, map_ in zip(maps, library_features(network, images), strict=True):
         assert_close(actual, map_)
+    norm_weight, norm_bias, weight, bias = (exported[key].double() for key in head)
+    pooled = functional.layer_norm(maps[-1].mean((2, 3)), norm_weight.shape, norm_weight, norm_bias, eps=1e-6)
+    assert_close(functional.linear(pooled, weight, bias), network(images))
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])
@@ -170,3 +175,18 @@ def test_timm_is_named_when_it_is_missing(monkeypatch):
     with pytest.raises(spark_me.UserError, match=r"convnextv2_atto .* needs timm: run `pip install spark_me\[train\]`"):
         spark_me.get_model("convnextv2_atto")
     assert isinstance(spark_me.get_model("convnext_tiny"), DenseConvNeXt)
+
+
+def test_command_line_converts_and_refuses_in_one_line(tmp_path, capsys):
+    state = random_library_state("convnext_tiny")
+    torch.save(state, tmp_path / "x.pth")
+    ours, back = str(tmp_path / "ours.safetensors"), str(tmp_path / "back.pth")
+    assert main(["convert", str(tmp_path / "x.pth"), ours, "--to", "spark_me", "--encoder", "convnext_tiny"]) == 0
+    assert main(["convert", ours, back, "--to", "torchvision"]) == 0
+    assert "convnext_tiny from torchvision to spark_me layout" in capsys.readouterr().out
+    assert read_card(tmp_path / "back.pth")["encoder"] == "convnext_tiny"
+    assert_same(read_state(tmp_path / "back.pth"), state)
+    assert main(["convert", ours, str(tmp_path / "no.pth"), "--to", "detectron2"]) == 2
+    error = capsys.readouterr().err
+    assert "layout 'detectron2' has no convnext_tiny" in error and error.count("\n") == 1
+    assert not (tmp_path / "no.pth").exists()
