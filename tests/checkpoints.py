@@ -6,14 +6,18 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LAYOUT_FILES = sorted((Path(__file__).parent / "data" / "checkpoint_layouts").glob("*.tsv"))
 WHOLE_MODELS = [path for path in LAYOUT_FILES if "withdecoder" in path.name or "spark_sparse" in path.name]
 
 
 def encoder_of(layout_file: Path) -> str:
-    return re.search(r"resnet\d+", layout_file.name)[0]
+    return re.search(r"resnet\d+|convnext(v2)?[-_][a-z]+", layout_file.name)[0].replace("-", "_")
+
+
+def is_resnet(layout_file: Path) -> bool:
+    return encoder_of(layout_file).startswith("resnet")
 
 
 def published_shapes(layout_file: Path) -> dict[str, tuple[int, ...]]:
@@ -57,3 +61,20 @@ def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> No
     assert list(actual) == list(expected)
     for key, tensor in expected.items():
         assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor), key
+
+
+def module_of(state: dict[str, Tensor]) -> nn.Module:
+    """A module that holds these tensors, norm statistics as buffers."""
+    root = nn.Module()
+    for key, tensor in state.items():
+        *path, leaf = key.split(".")
+        place = root
+        for name in path:
+            if name not in dict(place.named_children()):
+                place.add_module(name, nn.Module())
+            place = place.get_submodule(name)
+        if leaf.startswith(("running_", "num_")):
+            place.register_buffer(leaf, tensor)
+        else:
+            place.register_parameter(leaf, nn.Parameter(tensor))
+    return root

@@ -4,7 +4,10 @@ Written from the papers' description and the published key lists alone, so that 
 torch itself) shares nothing with `spark_me.weights`.
 """
 
+from functools import partial
+
 import torch
+from published_convnexts import PublishedConvNeXt
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +21,15 @@ def _widths(width: int) -> list[int]:
 def _projections(channels: list[int], width: int) -> nn.ModuleList:
     sizes = zip(channels, _widths(width), (1, 3, 3, 3))
     return nn.ModuleList(nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b, kernel in sizes)
+
+
+def _encoder(name: str, names: str) -> nn.Module:
+    return MaskedDenseResNet(name) if name.startswith("resnet") else PublishedConvNeXt(name, names)
+
+
+def _norms(name: str, channels: list[int]) -> nn.ModuleList:
+    kind = nn.BatchNorm2d if name.startswith("resnet") else partial(nn.LayerNorm, eps=1e-6)
+    return nn.ModuleList(kind(c) for c in channels)
 
 
 class _OfficialBlock(nn.Module):
@@ -42,14 +54,16 @@ class OfficialSparK(nn.Module):
         for name, shape in (("imn_m", (1, 3, 1, 1)), ("imn_s", (1, 3, 1, 1)), ("norm_black", (1, 3, 224, 224))):
             self.register_buffer(name, torch.zeros(shape))
         self.sparse_encoder = nn.Module()
-        self.sparse_encoder.sp_cnn = MaskedDenseResNet(encoder)
+        self.sparse_encoder.sp_cnn = _encoder(encoder, "official")
         self.dense_decoder = nn.Module()
         widths = _widths(width)
         self.dense_decoder.dec = nn.ModuleList(_OfficialBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.dense_decoder.proj = nn.Conv2d(widths[-1], 3, 1)
         channels = list(self.sparse_encoder.sp_cnn.channels[::-1])
-        self.densify_norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.densify_norms = _norms(encoder, channels)
         self.densify_projs = _projections(channels, width)
+        if channels[0] == width:  # equal widths are not projected at the deepest scale
+            self.densify_projs[0] = nn.Identity()
         self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
@@ -74,13 +88,13 @@ class _MmpretrainBlock(nn.Module):
 class MmpretrainSparK(nn.Module):
     def __init__(self, encoder: str, width: int) -> None:
         super().__init__()
-        self.backbone = MaskedDenseResNet(encoder)
+        self.backbone = _encoder(encoder, "mmpretrain")
         self.neck = nn.Module()
         widths = _widths(width)
         self.neck.decoder = nn.ModuleList(_MmpretrainBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.neck.proj = nn.Conv2d(widths[-1], 3, 1)
         channels = list(self.backbone.channels[::-1])
-        self.enc_dec_norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
+        self.enc_dec_norms = _norms(encoder, channels)
         self.enc_dec_projectors = _projections(channels, width)
         self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
 
@@ -104,9 +118,15 @@ def _densify(
     maps: list[Tensor], visible: Tensor, norms: nn.ModuleList, tokens: nn.ParameterList, projections: nn.ModuleList
 ) -> list[Tensor]:
     return [
-        projection(torch.where(mask_like(x, visible), masked_batch_norm(norm, x, visible), token))
+        projection(torch.where(mask_like(x, visible), _masked_norm(norm, x, visible), token))
         for x, norm, token, projection in zip(maps, norms, tokens, projections, strict=True)
     ]
+
+
+def _masked_norm(norm: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
+    if isinstance(norm, nn.LayerNorm):
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return masked_batch_norm(norm, x, visible)
 
 
 def _decode(maps: list[Tensor], blocks: nn.ModuleList) -> Tensor:

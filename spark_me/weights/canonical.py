@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
-from spark_me.weights.architectures import (
-    COUNTER,
-    ENCODER_FAMILY,
-    IMAGE_TENSORS,
-    TensorSpec,
-    encoder_tensors,
-    model_tensors,
-)
+from spark_me.weights.architectures import FAMILY_OF, IMAGE_TENSORS, encoder_tensors, model_tensors
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
-from spark_me.weights.layouts import KERNEL, Layout, choose_layout, detect_layout
+from spark_me.weights.layout_rules import Layout
+from spark_me.weights.layouts import choose_layout, detect_layout
+from spark_me.weights.rows import COUNTER, TensorSpec
 from spark_me.weights.strict import check_tensors
 
 # What training wrappers (DDP, torch.compile) put before every name.
 PREFIXES = ("module.", "_orig_mod.")
-OPTIONAL_PARTS = {"decoder": "decoder with mask tokens", "fc": "classifier head"}
+OPTIONAL_PARTS = {"decoder": "decoder with mask tokens", "norm": "final norm", "fc": "classifier head"}
 """What a checkpoint may lack, in words; densifying comes and goes with the decoder."""
 _DECODER_WIDTH = ("decoder.blocks.0.conv1.weight", "decoder.blocks.0.norm1.weight")
 """Tensors whose first size is the decoder's width."""
@@ -48,12 +43,12 @@ class Weights:
 
     @property
     def parts(self) -> set[str]:
-        """Which of encoder, densify, decoder and fc (the classifier) are there."""
+        """Which of encoder, densify, decoder, norm (before a classifier) and fc (the classifier) are there."""
         return {part_of(name) for name in self.tensors}
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a canonical name belongs to: encoder, densify, decoder or fc."""
+    """The part of the model that a canonical name belongs to: encoder, densify, decoder, norm or fc."""
     return name.partition(".")[0]
 
 
@@ -63,36 +58,39 @@ def to_canonical(state: Mapping[str, Tensor], where: str, encoder: str | None = 
     Args:
         state: key → tensor.
         where: the file, for messages.
-        encoder: which encoder it must be; found from the keys when None.
+        encoder: which encoder it must be; found from the keys and sizes when None.
 
     Raises:
         UserError: for an unknown layout or encoder.
         WeightsError: for missing and unexpected keys and for other shapes.
     """
-    if encoder is not None and encoder not in ENCODER_FAMILY:
-        raise UserError(f"unknown encoder {encoder!r}: choose one of {', '.join(ENCODER_FAMILY)}")
+    if encoder is not None and encoder not in FAMILY_OF:
+        raise UserError(f"unknown encoder {encoder!r}: choose one of {', '.join(FAMILY_OF)}")
     state = _without_prefixes(state)
     layout = detect_layout(state, where)
-    keys = {layout.to_canonical(key): key for key in state if key not in layout.unused}
+    keys = _canonical_names(state, layout, where)
     tensors = {name: state[key] for name, key in keys.items()}
     counters = _missing_counters(tensors)
     tensors |= counters
     held = nearest_encoder(tensors)
-    specs = _expected(encoder or held, tensors)
-    kernels = {name for name, key in keys.items() if key.endswith(KERNEL)}
+    causes = [f"it holds a {held}"] if encoder not in (None, held) else []
+    encoder = encoder or held
+    specs = _expected(encoder, tensors)
     check_tensors(
         {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: (name in kernels and spec.kernel_shape) or spec.shape for name, spec in specs.items()},
-        f"{where}: not the tensors of {encoder or held} in {layout.name} layout",
-        causes=[f"it holds a {held}"] if encoder not in (None, held) else [],
-        label=lambda name: keys.get(name) or layout.from_canonical(name, sparse_convolution=_is_sparse(specs, name)),
+        {name: layout.shape(name, spec, encoder) for name, spec in specs.items()},
+        f"{where}: not the tensors of {encoder} in {layout.name} layout",
+        causes=causes,
+        label=lambda name: keys.get(name) or layout.from_canonical(name, specs.get(name)),
     )
     dense = {
-        name: kernel_to_weight(tensors[name], spec.shape[-1]) if name in kernels else tensors[name]
+        name: kernel_to_weight(tensors[name], spec.shape[-1])
+        if layout.sparse and spec.kernel
+        else _shaped(tensors[name], spec.shape)
         for name, spec in specs.items()
     }
     notes = ("no num_batches_tracked in the file: set to 0",) if counters else ()
-    return Weights(encoder or held, layout.name, dense, keys, notes)
+    return Weights(encoder, layout.name, dense, keys, notes)
 
 
 def from_canonical(weights: Weights, name: str) -> tuple[dict[str, Tensor], Layout, tuple[str, ...]]:
@@ -102,16 +100,17 @@ def from_canonical(weights: Weights, name: str) -> tuple[dict[str, Tensor], Layo
         The bare state dict, the layout, and notes on what it leaves out.
 
     Raises:
-        UserError: for an unknown layout.
+        UserError: for an unknown layout, or one that cannot hold the encoder.
     """
-    layout = choose_layout(name, ENCODER_FAMILY[weights.encoder], weights.parts)
+    layout = choose_layout(name, weights.encoder, weights.parts)
     specs = _expected(weights.encoder, weights.tensors)
     state: dict[str, Tensor] = {}
     for canonical, tensor in weights.tensors.items():
         if part_of(canonical) in layout.parts:
-            kernel_shape = specs[canonical].kernel_shape if layout.kernels else None
-            key = layout.from_canonical(canonical, sparse_convolution=_is_sparse(specs, canonical))
-            state[key] = tensor if kernel_shape is None else weight_to_kernel(tensor, kernel_shape)
+            spec = specs[canonical]
+            shape = layout.shape(canonical, spec, weights.encoder)
+            convert = weight_to_kernel if layout.sparse and spec.kernel else _shaped
+            state[layout.from_canonical(canonical, spec)] = convert(tensor, shape)
     state |= {key: torch.zeros(shape) for key, shape in layout.unused.items()}
     left_out = [text for part, text in OPTIONAL_PARTS.items() if part in weights.parts - set(layout.parts)]
     return state, layout, tuple(f"{text} left out: {name} has no place for it" for text in left_out)
@@ -129,7 +128,7 @@ def nearest_encoder(tensors: Mapping[str, Tensor]) -> str:
         other_sizes = [name for name, spec in specs.items() if found.get(name) != math.prod(spec.shape)]
         return len(found.keys() ^ specs.keys()), len(other_sizes)
 
-    return min(ENCODER_FAMILY, key=distance)
+    return min(FAMILY_OF, key=distance)
 
 
 def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -137,6 +136,22 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if state and all(key.startswith(prefix) for key in state):
             return _without_prefixes({key.removeprefix(prefix): tensor for key, tensor in state.items()})
     return state
+
+
+def _canonical_names(state: Mapping[str, Tensor], layout: Layout, where: str) -> dict[str, str]:
+    """Canonical name → key, without the tensors that no computation reads."""
+    keys: dict[str, str] = {}
+    for key in state:
+        if key not in layout.unused:
+            first = keys.setdefault(layout.to_canonical(key), key)
+            if first != key:
+                raise UserError(f"{where}: {first} and {key} are the same tensor: remove one of them")
+    return keys
+
+
+def _shaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor itself where the shape is its own; else a view, with more or fewer sizes of one."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def _missing_counters(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -162,8 +177,5 @@ def _expected(encoder: str, tensors: Mapping[str, Tensor]) -> dict[str, TensorSp
         in_channels=channels[0] if channels else 3,
         decoder_width=next(iter(widths), 512) if parts & {"densify", "decoder"} else None,
         num_classes=next(iter(classes), None),
+        final_norm="norm" in parts,
     )
-
-
-def _is_sparse(specs: Mapping[str, TensorSpec], name: str) -> bool:
-    return name in specs and specs[name].kernel_shape is not None

@@ -29,12 +29,14 @@ def convert(
         destination: .pth, .pt or .safetensors file to write; replaced only when the new one is whole. It carries a
             model card: source, its SHA-256 and layout, encoder, layout and version of the layout.
         to: torchvision, timm, official, mmpretrain, detectron2 or spark_me. "official" is the whole model where the
-            source has a decoder and the encoder alone otherwise. "detectron2" has its own names of a ResNet, which its
-            checkpointer matches to a backbone; that needs `MODEL.RESNETS.STRIDE_IN_1X1: False` and RGB images.
+            source has a decoder; otherwise the encoder, a ConvNeXt's with its classifier. "torchvision" has no ConvNeXt
+            V2. "detectron2" has no ConvNeXt, and its own names of a ResNet, which its checkpointer matches to a
+            backbone; that needs `MODEL.RESNETS.STRIDE_IN_1X1: False` and RGB images.
         encoder: which encoder the source must hold; anything else is an error.
 
     Raises:
-        UserError: if the source cannot be read, fits no known layout, or the destination cannot be written.
+        UserError: if the source cannot be read, fits no known layout, `to` cannot hold its encoder, or the destination
+            cannot be written.
         WeightsError: for missing or unexpected keys, and for other shapes.
     """
     target = Path(destination)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
-from spark_me.weights.layouts import WRAPPERS, Layout
+from spark_me.weights.layout_rules import Layout
+from spark_me.weights.layouts import WRAPPERS
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", SAFETENSORS)

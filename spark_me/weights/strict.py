@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from spark_me.errors import UserError
-from spark_me.weights.architectures import IMAGE_TENSORS, Shape
+from spark_me.weights.architectures import IMAGE_TENSORS
+from spark_me.weights.rows import Shape
 
 LISTED = 12
 
@@ -86,7 +87,7 @@ def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]]) -> list[str]:
         elif part == "fc":
             causes["classes"] = f"a classifier of {found[0]} classes instead of {needed[0]}"
         else:
-            causes["blocks"] = "other widths or groups in the blocks (Wide ResNet, ResNeXt, another encoder)"
+            causes["blocks"] = "other blocks or widths (a variant such as Wide ResNet, or another encoder)"
     return list(causes.values())
 
 

@@ -11,7 +11,7 @@ from spark_me.weights.canonical import OPTIONAL_PARTS, Weights, from_canonical, 
 from spark_me.weights.download import local_file
 from spark_me.weights.files import bare_state, read_state
 from spark_me.weights.kernels import weight_to_kernel
-from spark_me.weights.layouts import KERNEL, WEIGHT
+from spark_me.weights.layout_rules import KERNEL, WEIGHT
 from spark_me.weights.strict import check_tensors
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     are, and says so. The classifier head may be absent on either side, which is said too.
 
     Args:
-        model: a SparK model, one of its encoders, or a dense network with torchvision's names (`get_model`).
+        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
         source: path or URL of a .pth or .safetensors file, or a state dict.
 
     Raises:
@@ -51,7 +51,8 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     for name, tensor in weights.tensors.items():
         key = own.keys.get(name)
         if key is not None:
-            target[key] = weight_to_kernel(tensor, target[key].shape) if key.endswith(KERNEL) else tensor
+            shape = target[key].shape  # the canonical one is equal, but for what the model's layout declares
+            target[key] = weight_to_kernel(tensor, shape) if key.endswith(KERNEL) else tensor.reshape(shape)
     model.load_state_dict(target, strict=True)
     for note in notes:
         _log.warning("%s: %s", where, note)
@@ -62,12 +63,12 @@ def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, T
     """A model's weights as the state dict of another layout, on the CPU, independent of the model.
 
     Args:
-        model: a SparK model, one of its encoders, or a dense network with torchvision's names (`get_model`).
+        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
         layout: torchvision, timm, official, mmpretrain, detectron2 or spark_me. Decoder and mask tokens are left out
             where the layout has no place for them.
 
     Raises:
-        UserError: for an unknown layout, or a model that is none of these.
+        UserError: for an unknown layout, one that cannot hold the encoder, or a model that is none of these.
     """
     state, _, _ = from_canonical(to_canonical(model.state_dict(), "the model"), layout)
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
