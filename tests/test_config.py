@@ -7,7 +7,8 @@ import pytest
 
 from spark_me import sparse
 from spark_me.config import Config, differing_keys, load_config, parse_config, to_yaml
-from spark_me.config_schema import BACKENDS, FREE_KEYS
+from spark_me.config_rules import BACKENDS
+from spark_me.config_schema import FREE_KEYS
 from spark_me.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
