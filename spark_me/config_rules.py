@@ -9,7 +9,7 @@ BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the e
 DATA_KINDS = ("images", "imagefolder", "list", "demo")
 INTERPOLATIONS = ("bicubic", "bilinear")
 OPTIMIZERS = ("lamb", "adamw")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 # Key, whether its value is good, what it has to be.
 Rule = tuple[str, bool, str]
@@ -75,6 +75,7 @@ def _optim_rules(optim: OptimConfig, epochs: int) -> Iterator[Rule]:
 def _train_rules(train: TrainConfig) -> Iterator[Rule]:
     yield "train.epochs", train.epochs >= 1, "must be at least 1"
     yield "train.batch_size", train.batch_size >= 1, "must be at least 1"
+    yield "train.accumulate", train.accumulate >= 1, "must be at least 1"
     yield "train.precision", train.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"
 
 
@@ -87,3 +88,4 @@ def _run_rules(run: RunConfig) -> Iterator[Rule]:
     yield "run.keep_last", run.keep_last >= 1, "must be at least 1"
     yield "run.log_every_steps", run.log_every_steps >= 1, "must be at least 1"
     yield "run.evaluate_every_epochs", run.evaluate_every_epochs >= 1, "must be at least 1"
+    yield "run.picture_every_epochs", run.picture_every_epochs >= 1, "must be at least 1"

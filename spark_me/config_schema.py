@@ -84,9 +84,17 @@ class TrainConfig:
     epochs: int = 1600
     """Passes over the images."""
     batch_size: int = 4096
-    """Images in a step, over all processes together."""
+    """Images in a step, over all processes together and all their micro-batches."""
+    accumulate: int = 1
+    """Micro-batches whose gradients make one step: a process has batch_size / (processes · accumulate) images at once.
+    Loss and gradient are the whole batch's; batch norms see one micro-batch at a time, as they must."""
     precision: str = "fp32"
-    """fp32, or bf16 for autocast of the dense parts."""
+    """fp32; tf32 for its products (CUDA only); bf16 or fp16 (with a scaled loss) by autocast, weights in float32."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside encoder blocks twice instead of keeping them: less memory, the same result."""
+    compile: bool = False
+    """Compile the decoder, whose shapes are static. The encoder's depend on the masks and come from MinkowskiEngine's
+    coordinate manager, which torch.compile cannot look into."""
 
 
 @dataclass
@@ -100,15 +108,17 @@ class RunConfig:
     seed: int = 0
     """Decides the initial weights, order of images, crops and masks."""
     device: str = "auto"
-    """auto takes CUDA where there is one; or cpu, cuda, cuda:1."""
+    """auto takes CUDA where there is one; or cpu, cuda, cuda:1. Several processes take a GPU each."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints, besides the one at the end of each epoch; null: none besides."""
     keep_last: int = 3
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept, besides best.pt, that of the lowest held-out loss."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_epochs: int = 1
-    """Epochs between held-out losses and pictures."""
+    """Epochs between held-out losses."""
+    picture_every_epochs: int = 1
+    """Epochs between pictures."""
 
 
 @dataclass
@@ -128,6 +138,7 @@ FREE_KEYS = frozenset(
         "data.workers",
         "data.max_unreadable",
         "model.backend",
+        "train.activation_checkpointing",
         "run.dir",
         "run.resume",
         "run.device",
@@ -135,5 +146,6 @@ FREE_KEYS = frozenset(
         "run.keep_last",
         "run.log_every_steps",
         "run.evaluate_every_epochs",
+        "run.picture_every_epochs",
     }
 )

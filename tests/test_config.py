@@ -137,10 +137,12 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "optim.clip_norm=0",
         "train.epochs=-3",
         "train.batch_size=0",
-        "train.precision=fp16",
+        "train.precision=fp8",
+        "train.accumulate=0",
         "run.seed=-1",
         "run.keep_last=0",
         "run.checkpoint_every_steps=0",
+        "run.picture_every_epochs=0",
     ],
 )
 def test_value_out_of_range_names_the_key(write: Write, override: str) -> None:

@@ -15,12 +15,13 @@ from spark_me.errors import UserError
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import (
     TrainState,
+    checkpoint_of,
     config_of,
     list_checkpoints,
     load_model,
     read_checkpoint,
     restore,
-    save_checkpoint,
+    write_checkpoint,
 )
 from spark_me.train.optim import build_optimizer
 
@@ -30,14 +31,16 @@ CONFIG = Config(data=DataConfig(root="images"))
 def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = build_model(encoder, image_size=(64, 64), decoder_width=32, backend="fused")
-    return TrainState(model, build_optimizer(model, Config().optim))
+    return TrainState(model, build_optimizer(model, Config().optim), torch.amp.GradScaler("cpu", enabled=False))
 
 
 def save(folder: Path, state: TrainState, keep_last: int = 3) -> Path:
-    return save_checkpoint(folder, state, CONFIG, steps_per_epoch=10, data_fingerprint="4 files", keep_last=keep_last)
+    content = checkpoint_of(state, CONFIG, task="pretrain", steps_per_epoch=10, data_fingerprint="4 files")
+    return write_checkpoint(folder, content, keep_last=keep_last)
 
 
 def take_step(state: TrainState) -> None:
+    torch.manual_seed(state.step)
     state.optimizer.zero_grad()
     state.model(torch.randn(2, 3, 64, 64)).backward()
     for group in state.optimizer.param_groups:
@@ -63,16 +66,14 @@ def test_everything_comes_back(trained: TrainState, tmp_path: Path) -> None:
     assert content["versions"]["torch"] == torch.__version__
     assert config_of(content, path) == CONFIG
 
-    expected_draw = torch.rand(3)
     other = make_state(seed=9)
     restore(other, content, path)
-    assert torch.equal(torch.rand(3), expected_draw)
     assert other.step == 23
     assert other.unreadable == {"a.png": "truncated"}
 
 
 def test_the_next_step_is_bitwise_the_same(tmp_path: Path) -> None:
-    # It depends on weights, statistics, the optimizer's moments and the random state.
+    # It depends on weights, statistics and the optimizer's moments.
     state, other = make_state(), make_state(seed=9)
     take_step(state)
     path = save(tmp_path, state)
@@ -106,7 +107,7 @@ def test_missing(tmp_path: Path) -> None:
 
 def test_foreign_file(tmp_path: Path) -> None:
     torch.save({"state_dict": {"fc.weight": torch.zeros(2)}}, tmp_path / "foreign.pt")
-    expect_one_line(tmp_path / "foreign.pt", "is no pretraining checkpoint of spark_me")
+    expect_one_line(tmp_path / "foreign.pt", "is no checkpoint of spark-me pretrain")
     (tmp_path / "text.pt").write_text("hello")
     expect_one_line(tmp_path / "text.pt", "is truncated or no checkpoint")
 

@@ -1,9 +1,10 @@
 """Loaders of a run: training batches from any step on, and the held-out images."""
 
+import signal
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from spark_me.config_schema import Config
 from spark_me.data.datasets import HeldOutDataset, TrainDataset, collate
@@ -22,7 +23,7 @@ def train_loader(
     world_size: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """`Batch`es from step `first_step` to the last of the run, this process's share of each."""
+    """`Batch`es from step `first_step` to the last of the run: this process's share of each, in micro-batches."""
     dataset = TrainDataset(
         files.train,
         train_transform(config.data, config.model.image_size),
@@ -39,6 +40,7 @@ def train_loader(
         first_step=first_step,
         rank=rank,
         world_size=world_size,
+        accumulate=config.train.accumulate,
     )
     return _loader(dataset, sampler, config.data.workers, pin_memory)
 
@@ -49,9 +51,12 @@ def held_out_dataset(files: Files, config: Config) -> HeldOutDataset:
     return HeldOutDataset(files.held_out, transform, config.model.in_channels)
 
 
-def held_out_loader(dataset: HeldOutDataset, config: Config, *, pin_memory: bool) -> DataLoader[Any]:
-    """`Batch`es of the held-out images in order, the last one smaller."""
-    sampler = BatchSampler(SequentialSampler(dataset), config.train.batch_size, drop_last=False)
+def held_out_loader(
+    dataset: HeldOutDataset, config: Config, *, rank: int, world_size: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """`Batch`es of this process's share of the held-out images, as large as in training, the last one smaller."""
+    batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))
+    sampler = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
     return _loader(dataset, sampler, config.data.workers, pin_memory)
 
 
@@ -63,7 +68,14 @@ def _loader(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=pin_memory,
         # Its own generator: starting workers must not draw from the one that training draws from.
         generator=torch.Generator(),
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A cluster signals every process of a job. Workers have to live until the trainer's last step is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

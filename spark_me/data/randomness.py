@@ -6,6 +6,8 @@ import torch
 # What is drawn; keeps streams of the same (seed, epoch, sample) apart. Masks have their own: `draw_visible_of_samples`.
 ORDER = 1
 CROP = 2
+STEP = 3
+"""Whatever a training step draws from torch's default generators, for example which branches are dropped."""
 
 
 def seed_of(purpose: int, seed: int, epoch: int, sample: int = 0) -> int:
