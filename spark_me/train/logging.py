@@ -53,7 +53,10 @@ class RunLog:
         """Report the end of an epoch, with the loss of its last step and what was measured on held-out data."""
         if measured:
             self._write(step, measured)
-        values = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in {"loss": loss, **measured}.items()]
+        values = [
+            f"{name.replace('held_out_', 'held-out ')} {value:.4f}"
+            for name, value in {"loss": loss, **measured}.items()
+        ]
         self._bar.write(" · ".join([self._describe(step - 1), f"step {step}", *values]))
 
     def picture(self, step: int, path: Path) -> None:
