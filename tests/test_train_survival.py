@@ -21,7 +21,6 @@ from spark_me.train import writer
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.logging import RunLog
 
-KILLS = int(os.environ.get("SPARK_ME_KILLS", "3"))
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -91,13 +90,14 @@ def test_second_interrupt_stops_at_once(
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000002.pt"]
 
 
-def test_killed_at_random_moments(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path: Path, images: Path, kills: int) -> None:
     # A kill is sent at a random moment of a run's progress, which may be within a step, a checkpoint or a picture.
-    config = write_config(tmp_path / "tiny.yaml", images, epochs=3 * KILLS)
+    config = write_config(tmp_path / "tiny.yaml", images, epochs=3 * kills)
     run, progress = tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
     command = [sys.executable, "-m", "spark_me", "pretrain", str(config), f"run.dir={run}"]
     moments = random.Random(0)
-    for _ in range(KILLS):
+    for _ in range(kills):
         before = progress.stat().st_size if progress.exists() else 0
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             while process.poll() is None and (not progress.exists() or progress.stat().st_size == before):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from spark_me.errors import UserError
 from spark_me.train.failures import first_line
+from spark_me.train.rendezvous import fresh_store
 
 T = TypeVar("T")
 
@@ -46,7 +47,9 @@ def process_group() -> Iterator[None]:
     # Tensors on the CPU, which carry what processes agree on, go by gloo, and never wait for a GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = fresh_store(store, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the other processes cannot be reached ({first_line(error)}): start with torchrun") from None
     try:
