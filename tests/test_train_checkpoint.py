@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import write_config, write_images
 from torch import nn
 
-from spark_me import build_model
+from spark_me import build_model, cli
 from spark_me.config import Config
 from spark_me.config_schema import DataConfig
 from spark_me.errors import UserError
 from spark_me.spark import SparK
+from spark_me.train import pretraining
 from spark_me.train.checkpoint import (
     TrainState,
     checkpoint_of,
@@ -92,6 +94,20 @@ def test_only_the_newest_are_kept(trained: TrainState, tmp_path: Path) -> None:
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000010.pt", "step_00000300.pt"]
     assert len(list(tmp_path.iterdir())) == 2
     trained.step = 23
+
+
+def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = iter([0.9, 0.7, 0.8])
+    monkeypatch.setattr(pretraining.Pretraining, "evaluate", lambda *_: {"held_out_loss": next(measured)})
+    config = str(write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), batch_size=8))
+    folder, other = tmp_path / "run" / "checkpoints", tmp_path / "other"
+    assert cli.main(["pretrain", config, f"run.dir={folder.parent}"]) == 0
+    best = read_checkpoint(folder / "best.pt")
+    assert (best["step"], best["best"]) == (2, 0.7)
+    # A run that goes on knows what was best before.
+    assert cli.main(["pretrain", config, f"run.dir={other}", f"run.resume={folder}/best.pt", "train.epochs=3"]) == 0
+    assert not (other / "checkpoints" / "best.pt").exists()
+    assert read_checkpoint(other / "checkpoints" / "step_00000003.pt")["best"] == 0.7
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spark_me import cli
 from spark_me.config import Config, load_config
@@ -68,7 +69,14 @@ def test_run_directory_holds_everything(
     run = tmp_path / "run"
     assert load_config(run / "config.yaml") == config
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000002.pt", "step_00000004.pt"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 1 and environment["device"] == "cpu"
+    assert environment["versions"]["torch"] == torch.__version__
     assert len(list((run / "tensorboard").glob("events*"))) == 1
+    board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
+    named = {"loss", "lr", "weight_decay", "gradient_norm", "images_per_second", "data_wait", "memory_gib"}
+    assert set(board["scalars"]) == named | {"held_out_loss"}
+    assert board["images"] == ["reconstruction"]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in steps if "held_out_loss" in entry] == [2, 4]

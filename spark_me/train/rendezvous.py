@@ -23,12 +23,12 @@ def fresh_store(store: Store, rank: int, world_size: int) -> Store:
 
 def _propose(store: Store, world_size: int) -> str:
     while True:
-        names = b" ".join(store.get(f"name/{rank}") for rank in range(world_size))
-        proposal = hashlib.sha256(names).hexdigest()
+        names = " ".join(store.get(f"name/{rank}").decode() for rank in range(world_size))
+        proposal = hashlib.sha256(names.encode()).hexdigest()
         store.set(f"names/{proposal}", names)
         store.set("proposal", proposal)
         if all(store.check([f"confirmed/{proposal}/{rank}"]) for rank in range(1, world_size)):
-            store.set(f"settled/{proposal}", b"")
+            store.set(f"settled/{proposal}", "")
             return proposal
         time.sleep(INTERVAL)
 
@@ -37,7 +37,7 @@ def _confirm(store: Store, rank: int, own: str) -> str:
     while True:
         proposal = store.get("proposal").decode()
         if own.encode() in store.get(f"names/{proposal}"):
-            store.set(f"confirmed/{proposal}/{rank}", b"")
+            store.set(f"confirmed/{proposal}/{rank}", "")
             if store.check([f"settled/{proposal}"]):
                 return proposal
         time.sleep(INTERVAL)
