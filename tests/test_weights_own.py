@@ -12,7 +12,7 @@ from conftest import randomise
 from torch import nn
 
 import spark_me
-from spark_me.encoders.registry import ENCODERS
+from spark_me.encoders.registry import ENCODERS, build_encoder, patch_size_of
 from spark_me.weights.strict import WeightsError
 
 README = Path(__file__).parents[1] / "README.md"
@@ -96,6 +96,10 @@ def test_readme_example_pretrains_from_the_command_line(tinynet, tmp_path):
     model = spark_me.build_model("tinynet", image_size=(48, 32), decoder_width=16)
     assert spark_me.load_weights(model, checkpoint).encoder == "TinyNet"
     DenseTinyNet().load_state_dict(spark_me.export_weights(model, layout="dense"))
+
+
+def test_registry_knows_the_total_strides():
+    assert all(patch_size_of(name) == build_encoder(name).total_stride for name in ("resnet18", "convnextv2_atto"))
 
 
 def test_names_and_scales_are_checked(tinynet):

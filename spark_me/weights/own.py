@@ -9,7 +9,7 @@ from spark_me.weights.strict import check_tensors
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of an encoder as dense layers of the same names hold them: `kernel` becomes `weight` [Cout, Cin, k, k].
+    """The weights of an encoder as dense layers of the same names hold them: `kernel` becomes `weight`, OIHW.
 
     Args:
         model: an encoder, or a SparK model, whose encoder counts.

@@ -35,8 +35,8 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     are, and says so. The classifier head may be absent on either side, which is said too.
 
     Args:
-        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`). With
-            an encoder of one's own, a state dict or file of the very same names loads.
+        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
+            With an encoder of one's own, a state dict or file of the very same names loads.
         source: path or URL of a .pth or .safetensors file, or a state dict.
 
     Raises:
