@@ -45,7 +45,7 @@ def held_out_dataset(files: Files, config: Config) -> HeldOutDataset:
 
 
 def held_out_loader(
-    dataset: HeldOutDataset, config: Config, *, rank: int, world_size: int, pin_memory: bool
+    dataset: HeldOutDataset, config: Config, *, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
     """`Batch`es of this process's share of the held-out images, as large as in training, the last one smaller."""
     batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))
