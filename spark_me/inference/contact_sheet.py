@@ -12,7 +12,7 @@ from spark_me.files import atomic_write
 from spark_me.inference.view import View
 
 MOST, COLUMNS = 64, 8
-CAPTION_HEIGHT, MARGIN = 18, 4
+CAPTION_WIDTH, CAPTION_HEIGHT, MARGIN = 112, 18, 4
 """Pixels."""
 
 
@@ -21,7 +21,7 @@ def draw_sheet(paths: Sequence[Path], captions: Sequence[str], view: View, out: 
 
     Args:
         paths: readable images; the first `MOST` are drawn.
-        captions: one for each, cut to the width of its image.
+        captions: one for each, cut to the width of its column.
         view: how they are shown.
         out: PNG to write.
 
@@ -29,7 +29,7 @@ def draw_sheet(paths: Sequence[Path], captions: Sequence[str], view: View, out: 
         UserError: if it cannot be written.
     """
     shown = list(zip(paths, captions))[:MOST]
-    height, width = view.size
+    height, width = view.size[0], max(view.size[1], CAPTION_WIDTH)
     columns = min(COLUMNS, len(shown))
     cell = (width + MARGIN, height + CAPTION_HEIGHT + MARGIN)
     sheet = Image.new("RGB", (columns * cell[0] + MARGIN, ceil(len(shown) / columns) * cell[1] + MARGIN), "white")
