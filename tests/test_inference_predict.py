@@ -83,12 +83,6 @@ def test_convnexts_see_less_of_an_image(tmp_path, image):
         assert (prediction["pred_label"], prediction["pred_score"]) == (label, pytest.approx(score, rel=1e-4))
 
 
-def test_class_names_are_imagenets(weights):
-    classes = spark_me.load_classifier(weights).classes
-    assert len(classes) == 1000
-    assert (classes[0], classes[281], classes[999]) == ("tench", "tabby", "toilet tissue")
-
-
 def test_top_k(weights, image):
     prediction = spark_me.inference_model(weights, image, top_k=3)
     ranked = prediction.pop("top_k")
@@ -177,54 +171,6 @@ def test_runs_without_the_engine_timm_and_omegaconf(weights, image):
 
 
 # Bad input.
-
-
-def test_bad_models_are_one_line(weights, tmp_path, image, capsys):
-    state = torch.load(weights, weights_only=True)
-    torch.save({key: value for key, value in state.items() if not key.startswith("fc.")}, tmp_path / "encoder.pth")
-    torch.save(torchvision_resnet(12).state_dict(), tmp_path / "twelve.pth")
-    torch.save({**state, "fc.weight": torch.zeros(7, 512)}, tmp_path / "torn.pth")
-    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pth")
-    fine_tuned(tmp_path / "short.pt", ["ant", "bee"], ema=torchvision_resnet(3))
-    fine_tuned(tmp_path / "no_crop.pt", ["ant", "bee"], ema=None, test_crop=None)
-    fine_tuned(tmp_path / "mean.pt", ["ant", "bee"], ema=None, mean=[0.5])
-    for name, problem in (
-        ("encoder.pth", "holds an encoder alone: fine-tune it first"),
-        ("twelve.pth", "its 12 classes have no names"),
-        ("torn.pth", "fc.bias is 1000"),
-        ("other.pth", "no known layout"),
-        ("short.pt", "names 2 classes, its classifier has 3"),
-        ("no_crop.pt", "data.test_crop"),
-        ("mean.pt", "not of its 3 channels"),
-        ("nowhere.pth", "no such file"),
-    ):
-        assert main(["predict", str(tmp_path / name), str(image)]) == 2
-        error = capsys.readouterr().err
-        assert problem in error and error.count("\n") == 1 and name in error, error
-
-
-@pytest.mark.parametrize(
-    "name, problem",
-    [
-        (
-            "resnet50_spark-pre_300e",
-            "resnet50_spark-pre_300e: neither a file nor .*did you mean resnet50_spark-pre_300e_",
-        ),
-        ("resnet50", "resnet50: no weights were published by this name"),
-    ],
-)
-def test_unknown_names(name, problem, image):
-    with pytest.raises(spark_me.UserError, match=problem):
-        spark_me.inference_model(name, image)
-
-
-def test_networks_without_fitting_classes(image):
-    with pytest.raises(spark_me.UserError, match="the network holds an encoder alone: fine-tune it first"):
-        spark_me.inference_model(spark_me.get_model("resnet18"), image)
-    with pytest.raises(spark_me.UserError, match="the network gives 12 numbers an image for 3 class names"):
-        spark_me.inference_model(torchvision_resnet(12), image, class_names=["a", "b", "c"])
-    with pytest.raises(spark_me.UserError, match="the network's 10 classes have no names"):
-        spark_me.load_classifier(timm.create_model("convnextv2_atto", num_classes=10))
 
 
 def test_images_that_cannot_be_used(weights, tmp_path, capsys):
