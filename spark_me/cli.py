@@ -11,13 +11,16 @@ from spark_me.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return the exit code: 0 done, 2 bad input, 1 a failed check or build."""
+    """Run one subcommand and return the exit code: 0 done, 2 bad input, 1 a failed check or build, 130 Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
     except UserError as error:
         print(f"spark-me: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("spark-me: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,9 +48,13 @@ def _add_pretrain(commands: argparse._SubParsersAction) -> None:
 
 def _pretrain(args: argparse.Namespace) -> None:
     from spark_me.config import load_config
+    from spark_me.train import distributed
     from spark_me.train.pretrain import pretrain
 
-    pretrain(load_config(args.config, args.overrides))
+    with distributed.process_group():
+        with distributed.agreed():
+            config = load_config(args.config, args.overrides)
+        pretrain(config)
 
 
 def _add_reconstruct(commands: argparse._SubParsersAction) -> None:

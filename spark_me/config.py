@@ -11,7 +11,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spark_me.config_data import statistics_of
-from spark_me.config_schema import FREE_KEYS, Config, rules
+from spark_me.config_rules import rules
+from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.errors import UserError
 
 __all__ = ["Config", "differing_keys", "load_config", "parse_config", "to_yaml"]

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 # Key, whether its value is good, what it has to be.
 Rule = tuple[str, bool, str]
 
-PATCH_SIZE = 32
-"""P, the total stride of every encoder: what images are multiples of, and what nodata is judged by."""
 FILE_KINDS = ("images", "imagefolder", "imagenet", "list")
 DATA_KINDS = (*FILE_KINDS, "webdataset", "huggingface", "demo")
 INTERPOLATIONS = ("bicubic", "bilinear")

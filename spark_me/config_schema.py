@@ -1,10 +1,8 @@
-"""What a configuration may hold: every key with its type, default and meaning, and the ranges of the values."""
+"""What a configuration may hold: every key with its type, default and meaning."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from spark_me.config_data import PATCH_SIZE, DataConfig, Rule, data_rules
-from spark_me.encoders import list_encoders
+from spark_me.config_data import DataConfig
 
 
 @dataclass
@@ -16,7 +14,7 @@ class ModelConfig:
     backend: str = "fused"
     """How the sparse layers compute: fused (our kernels) or minkowski (the engine's own)."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])
-    """[height, width] of the training images in pixels; both multiples of 32, they may differ."""
+    """[height, width] of the training images in pixels: multiples of the encoder's total stride, 32 for most."""
     in_channels: int = 3
     """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels."""
     mask_ratio: float = 0.6
@@ -58,9 +56,17 @@ class TrainConfig:
     epochs: int = 1600
     """Passes over the images."""
     batch_size: int = 4096
-    """Images in a step, over all processes together."""
+    """Images in a step, over all processes together and all their micro-batches."""
+    accumulate: int = 1
+    """Micro-batches whose gradients make one step: a process has batch_size / (processes · accumulate) images at once.
+    Loss and gradient are the whole batch's; batch norms see one micro-batch at a time, as they must."""
     precision: str = "fp32"
-    """fp32, or bf16 for autocast of the dense parts."""
+    """fp32; tf32 for its products (CUDA only); bf16 or fp16 (with a scaled loss) by autocast, weights in float32."""
+    activation_checkpointing: bool = False
+    """Compute the activations inside encoder blocks twice instead of keeping them: less memory, the same result."""
+    compile: bool = False
+    """Compile the decoder, whose shapes are static. The encoder's depend on the masks and come from MinkowskiEngine's
+    coordinate manager, which torch.compile cannot look into."""
 
 
 @dataclass
@@ -74,15 +80,17 @@ class RunConfig:
     seed: int = 0
     """Decides the initial weights, order of images, crops and masks."""
     device: str = "auto"
-    """auto takes CUDA where there is one; or cpu, cuda, cuda:1."""
+    """auto takes CUDA where there is one; or cpu, cuda, cuda:1. Several processes take a GPU each."""
     checkpoint_every_steps: int | None = None
     """Steps between checkpoints, besides the one at the end of each epoch; null: none besides."""
     keep_last: int = 3
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept, besides best.pt, that of the lowest held-out loss."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_epochs: int = 1
-    """Epochs between held-out losses and pictures."""
+    """Epochs between held-out losses."""
+    picture_every_epochs: int = 1
+    """Epochs between pictures."""
 
 
 @dataclass
@@ -102,6 +110,7 @@ FREE_KEYS = frozenset(
         "data.workers",
         "data.max_unreadable",
         "model.backend",
+        "train.activation_checkpointing",
         "run.dir",
         "run.resume",
         "run.device",
@@ -109,62 +118,6 @@ FREE_KEYS = frozenset(
         "run.keep_last",
         "run.log_every_steps",
         "run.evaluate_every_epochs",
+        "run.picture_every_epochs",
     }
 )
-
-BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
-OPTIMIZERS = ("lamb", "adamw")
-PRECISIONS = ("fp32", "bf16")
-
-
-def rules(config: Config) -> Iterator[Rule]:
-    """Every range check, in the order of the keys."""
-    yield from _model_rules(config.model)
-    yield from data_rules(config.data, config.model.in_channels)
-    yield from _optim_rules(config.optim, config.train.epochs)
-    yield from _train_rules(config.train)
-    yield from _run_rules(config.run)
-
-
-def _model_rules(model: ModelConfig) -> Iterator[Rule]:
-    yield "model.encoder", model.encoder in list_encoders(), f"must be one of {', '.join(list_encoders())}"
-    yield "model.backend", model.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}"
-    size = model.image_size
-    yield "model.image_size", len(size) == 2, "must be [height, width]"
-    nearest = [max(1, round(side / PATCH_SIZE)) * PATCH_SIZE for side in size]
-    yield "model.image_size", size == nearest, f"must be multiples of {PATCH_SIZE}, for example {nearest}"
-    yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
-    yield "model.mask_ratio", 0 < model.mask_ratio < 1, "must lie between 0 and 1, for example 0.6"
-    width = model.decoder_width
-    yield "model.decoder_width", width >= 32 and width % 32 == 0, "must be a positive multiple of 32"
-    yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
-
-
-def _optim_rules(optim: OptimConfig, epochs: int) -> Iterator[Rule]:
-    yield "optim.name", optim.name in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}"
-    yield "optim.base_lr", optim.base_lr > 0, "must be positive"
-    yield "optim.betas", len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas), "must be two in [0, 1)"
-    yield "optim.weight_decay", optim.weight_decay >= 0, "must not be negative"
-    yield "optim.weight_decay_end", optim.weight_decay_end >= 0, "must not be negative"
-    warmup_fits = 0 <= optim.warmup_epochs <= epochs or epochs < 1  # a wrong train.epochs is named by its own rule
-    yield "optim.warmup_epochs", warmup_fits, f"must lie between 0 and train.epochs={epochs}"
-    yield "optim.warmup_start_factor", 0 <= optim.warmup_start_factor <= 1, "must be a share of the peak in [0, 1]"
-    yield "optim.end_factor", 0 <= optim.end_factor <= 1, "must be a share of the peak in [0, 1]"
-    yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "must be null or positive"
-
-
-def _train_rules(train: TrainConfig) -> Iterator[Rule]:
-    yield "train.epochs", train.epochs >= 1, "must be at least 1"
-    yield "train.batch_size", train.batch_size >= 1, "must be at least 1"
-    yield "train.precision", train.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"
-
-
-def _run_rules(run: RunConfig) -> Iterator[Rule]:
-    yield "run.dir", bool(run.dir), "must name a directory"
-    yield "run.resume", bool(run.resume), "must be auto, never or a checkpoint's path"
-    yield "run.seed", 0 <= run.seed < 2**63, "must not be negative"
-    every = run.checkpoint_every_steps
-    yield "run.checkpoint_every_steps", every is None or every >= 1, "must be null or at least 1"
-    yield "run.keep_last", run.keep_last >= 1, "must be at least 1"
-    yield "run.log_every_steps", run.log_every_steps >= 1, "must be at least 1"
-    yield "run.evaluate_every_epochs", run.evaluate_every_epochs >= 1, "must be at least 1"

@@ -7,7 +7,8 @@ import pytest
 
 from spark_me import sparse
 from spark_me.config import Config, differing_keys, load_config, parse_config, to_yaml
-from spark_me.config_schema import BACKENDS, FREE_KEYS
+from spark_me.config_rules import BACKENDS
+from spark_me.config_schema import FREE_KEYS
 from spark_me.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -141,10 +142,12 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "optim.clip_norm=0",
         "train.epochs=-3",
         "train.batch_size=0",
-        "train.precision=fp16",
+        "train.precision=fp8",
+        "train.accumulate=0",
         "run.seed=-1",
         "run.keep_last=0",
         "run.checkpoint_every_steps=0",
+        "run.picture_every_epochs=0",
     ],
 )
 def test_value_out_of_range_names_the_key(write: Write, override: str) -> None:

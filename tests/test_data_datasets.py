@@ -84,7 +84,7 @@ def test_loading_draws_nothing_from_the_default_generator(files: list[Path]) -> 
     config.train.batch_size, config.train.epochs, config.data.workers = 4, 1, 0
     before = torch.get_rng_state()
     list(loader_of(files, config))
-    list(held_out_loader(held_out_dataset(Files([], files), config), config, pin_memory=False))
+    list(held_out_loader(held_out_dataset(Files([], files), config), config, rank=0, world_size=1, pin_memory=False))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -10,16 +10,15 @@ from torch import Tensor
 
 import spark_me
 from spark_me.config import load_config
-from spark_me.config_schema import PATCH_SIZE, DataConfig
+from spark_me.config_schema import DataConfig
 from spark_me.data.datasets import Reader, TrainDataset
 from spark_me.data.transforms import held_out_transform, train_transform
 from spark_me.data.unreadable import UnreadableImage
-from spark_me.encoders import build_encoder, list_encoders
 from spark_me.masking import draw_visible, draw_visible_of_samples
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.pretrain import pretrain
 
-SIZE = (64, 96)
+SIZE, PATCH_SIZE = (64, 96), 32
 DATA = DataConfig(nodata=float("nan"), mean=[0.3] * 4, std=[0.2] * 4, crop_scale=[0.2, 1.0])
 
 
@@ -102,8 +101,10 @@ def test_skipped_image_is_recorded(tmp_path: Path) -> None:
     assert sample.image is not None and sample.valid is not None and sample.valid.all()
 
 
-def test_patch_size_of_the_data_is_every_encoders() -> None:
-    assert all(build_encoder(name).total_stride == PATCH_SIZE for name in list_encoders())
+def test_patches_are_as_large_as_the_encoders() -> None:
+    picture, _ = with_hole()
+    _, valid = held_out_transform(DATA, SIZE, 4, patch_size=16)(picture)
+    assert valid.shape == (4, 6)
 
 
 # Masks.

@@ -37,6 +37,16 @@ def test_processes_share_each_batch() -> None:
         assert [len(share[step]) for share in shares] == [2, 2, 2]
 
 
+def test_micro_batches_share_a_process_s_part() -> None:
+    whole = list(StepSampler(30, 12, epochs=2, seed=1, first_step=1, rank=1, world_size=2))
+    sampler = StepSampler(30, 12, epochs=2, seed=1, first_step=1, rank=1, world_size=2, accumulate=3)
+    parts = list(sampler)
+    assert len(parts) == len(sampler) == 3 * len(whole)
+    assert {len(part) for part in parts} == {2}
+    for step, share in enumerate(whole):
+        assert sorted(key for part in parts[3 * step : 3 * step + 3] for key in part) == sorted(share)
+
+
 def test_streams_of_random_numbers_are_apart() -> None:
     seeds = {
         seed_of(purpose, seed, epoch, sample)

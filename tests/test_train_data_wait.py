@@ -1,26 +1,8 @@
 """The time that training waits for images: measured, logged, and said once an epoch when it is long."""
 
-import time
-
 import pytest
-import torch
 
-from spark_me.data.datasets import Batch
-from spark_me.train.data_wait import STEPS, DataWait, timed
-
-
-def test_batches_come_with_the_seconds_they_took() -> None:
-    batches = [Batch(torch.empty(0), [number], []) for number in range(3)]
-
-    def slow():
-        for batch in batches:
-            time.sleep(0.02 if batch.indices == [1] else 0)
-            yield batch
-
-    found = list(timed(slow()))
-    assert [batch for batch, _ in found] == batches
-    assert found[1][1] >= 0.02
-    assert all(seconds >= 0 for _, seconds in found)
+from spark_me.train.data_wait import STEPS, DataWait
 
 
 class Clock:

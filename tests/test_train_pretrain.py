@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spark_me import cli
 from spark_me.config import Config, load_config
 from spark_me.errors import UserError
 from spark_me.spark import SparK
-from spark_me.train import pretrain as pretrain_module
+from spark_me.train import pretraining
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.metrics import read_metrics
 from spark_me.train.pretrain import pretrain
@@ -68,7 +69,14 @@ def test_run_directory_holds_everything(
     run = tmp_path / "run"
     assert load_config(run / "config.yaml") == config
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000002.pt", "step_00000004.pt"]
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 1 and environment["device"] == "cpu"
+    assert environment["versions"]["torch"] == torch.__version__
     assert len(list((run / "tensorboard").glob("events*"))) == 1
+    board = EventAccumulator(str(run / "tensorboard")).Reload().Tags()
+    named = {"loss", "lr", "weight_decay", "gradient_norm", "images_per_second", "data_wait", "memory_gib"}
+    assert set(board["scalars"]) == named | {"held_out_loss"}
+    assert board["images"] == ["reconstruction"]
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in steps if "held_out_loss" in entry] == [2, 4]
@@ -102,6 +110,7 @@ def test_convnexts_are_trained_from_the_command_line(encoder: str, make_config: 
 def test_one_seed_gives_one_result_and_another_another(make_config: MakeConfig, tmp_path: Path) -> None:
     # The second run differs in everything that may not matter.
     free = ["data.workers=2", "run.log_every_steps=3", "run.evaluate_every_epochs=2", "run.checkpoint_every_steps=1"]
+    free += ["train.activation_checkpointing=true", "run.picture_every_epochs=2"]
     pretrain(make_config("model.drop_path=0.3", f"run.dir={tmp_path / 'a'}"))
     pretrain(make_config("model.drop_path=0.3", f"run.dir={tmp_path / 'b'}", *free))
     pretrain(make_config("model.drop_path=0.3", f"run.dir={tmp_path / 'c'}", "run.seed=1"))
@@ -199,7 +208,7 @@ def test_damaged_newest_checkpoint_falls_back_aloud(
 def test_changed_images(make_config: MakeConfig, images: Path) -> None:
     pretrain(make_config("train.epochs=1"))
     (images / "3.png").unlink()
-    assert "the training images changed" in message_of(make_config("train.epochs=1"))
+    assert "the training data changed" in message_of(make_config("train.epochs=1"))
 
 
 def test_unreadable_images_are_skipped_and_listed(make_config: MakeConfig, images: Path, tmp_path: Path) -> None:
@@ -260,14 +269,14 @@ def test_non_finite_stops_before_the_step(
             # √x at 0 is finite with an infinite slope.
             return loss * math.nan if what == "loss" else loss + (loss - loss.detach()).sqrt()
 
-    build = pretrain_module.model_of
+    build = pretraining.model_of
 
     def build_diverging(config: Config) -> SparK:
         model = build(config)
         model.__class__ = Diverging
         return model
 
-    monkeypatch.setattr(pretrain_module, "model_of", build_diverging)
+    monkeypatch.setattr(pretraining, "model_of", build_diverging)
     message = message_of(make_config())
     assert message.startswith(f"the {what} is ")
     assert "at step 3" in message

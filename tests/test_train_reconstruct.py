@@ -12,7 +12,7 @@ from spark_me import build_model, cli
 from spark_me.config import Config
 from spark_me.config_schema import DataConfig, ModelConfig
 from spark_me.data.datasets import Batch
-from spark_me.train.checkpoint import TrainState, save_checkpoint
+from spark_me.train.checkpoint import TrainState, checkpoint_of, write_checkpoint
 from spark_me.train.optim import build_optimizer
 from spark_me.train.plots import plot_loss, plot_reconstruction
 
@@ -25,8 +25,10 @@ CONFIG = Config(
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     model = build_model("resnet18", image_size=(64, 96), decoder_width=32)
-    state = TrainState(model, build_optimizer(model, CONFIG.optim))
-    return save_checkpoint(tmp_path, state, CONFIG, steps_per_epoch=1, data_fingerprint="", keep_last=1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(model, build_optimizer(model, CONFIG.optim), scaler)
+    content = checkpoint_of(state, CONFIG, task="pretrain", steps_per_epoch=1, data_fingerprint="")
+    return write_checkpoint(tmp_path, content, keep_last=1)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 """Loaders of a run: training batches from any step on, and the held-out images."""
 
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from spark_me.config_schema import Config, DataConfig
 from spark_me.data.datasets import HeldOutDataset, Reader, Sample, StreamDataset, TrainDataset, collate
@@ -13,6 +14,7 @@ from spark_me.data.sampler import StepSampler
 from spark_me.data.shards import Shards
 from spark_me.data.streams import ShardSampler
 from spark_me.data.transforms import Transform, held_out_transform, train_transform
+from spark_me.encoders import patch_size_of
 
 
 def train_loader(
@@ -25,9 +27,10 @@ def train_loader(
     world_size: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """`Batch`es from step `first_step` to the last of the run, this process's share of each."""
+    """`Batch`es from step `first_step` to the last of the run: this process's share of each, in micro-batches."""
     reader = _reader(config, train_transform)
     order = {"seed": config.run.seed, "first_step": first_step, "rank": rank, "world_size": world_size}
+    order["accumulate"] = config.train.accumulate
     size, epochs, data = config.train.batch_size, config.train.epochs, config.data
     if isinstance(files.train, Shards):
         stream = ShardSampler(files.train, size, epochs, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
@@ -41,15 +44,18 @@ def held_out_dataset(files: Files, config: Config) -> HeldOutDataset:
     return HeldOutDataset(files.held_out, _reader(config, held_out_transform))
 
 
-def held_out_loader(dataset: HeldOutDataset, config: Config, *, pin_memory: bool) -> DataLoader[Any]:
-    """`Batch`es of the held-out images in order, the last one smaller."""
-    sampler = BatchSampler(SequentialSampler(dataset), config.train.batch_size, drop_last=False)
+def held_out_loader(
+    dataset: HeldOutDataset, config: Config, *, pin_memory: bool, rank: int = 0, world_size: int = 1
+) -> DataLoader[Any]:
+    """`Batch`es of this process's share of the held-out images, as large as in training, the last one smaller."""
+    batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))
+    sampler = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
     return _loader(dataset, sampler, config.data.workers, pin_memory)
 
 
-def _reader(config: Config, transform: Callable[[DataConfig, Sequence[int], int], Transform]) -> Reader:
+def _reader(config: Config, transform: Callable[[DataConfig, Sequence[int], int, int], Transform]) -> Reader:
     data, channels = config.data, config.model.in_channels
-    crop = transform(data, config.model.image_size, channels)
+    crop = transform(data, config.model.image_size, channels, patch_size_of(config.model.encoder))
     return Reader(crop, seed=config.run.seed, channels=channels, nodata=data.nodata)
 
 
@@ -59,7 +65,14 @@ def _loader(dataset: Dataset[Sample], sampler: Sampler[Any], workers: int, pin_m
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=pin_memory,
         # Its own generator: starting workers must not draw from the one that training draws from.
         generator=torch.Generator(),
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # A cluster signals every process of a job. Workers have to live until the trainer's last step is done.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

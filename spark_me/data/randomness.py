@@ -7,6 +7,8 @@ import torch
 ORDER = 1
 CROP = 2
 SHUFFLE = 3
+STEP = 4
+"""Whatever a training step draws from torch's default generators, for example which branches are dropped."""
 
 
 def seed_of(purpose: int, seed: int, epoch: int, sample: int = 0) -> int:

@@ -9,9 +9,9 @@ from spark_me.data.randomness import ORDER, generator_of
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
+    """Micro-batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
 
-    Every epoch is a new permutation; what does not fill a batch at its end is dropped.
+    Every epoch is a new permutation; what does not fill a step's batch at its end is dropped.
     """
 
     def __init__(
@@ -24,16 +24,18 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         first_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         """
         Args:
             samples: samples in an epoch, at least `batch_size`.
-            batch_size: samples in a step over all processes; a multiple of `world_size`.
+            batch_size: samples in a step over all processes; a multiple of `world_size` · `accumulate`.
             epochs: length of the run.
             seed: the run's seed.
             first_step: where to begin; steps done before.
             rank: this process, which gets its share of each batch.
             world_size: number of processes.
+            accumulate: micro-batches that a process's share of a step comes in.
         """
         self.samples = samples
         self.batch_size = batch_size
@@ -43,9 +45,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.first_step = first_step
         self.rank = rank
         self.world_size = world_size
+        self.accumulate = accumulate
 
     def __len__(self) -> int:
-        return self.steps - self.first_step
+        return (self.steps - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order: list[int] = []
@@ -55,4 +58,5 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
             start = batch * self.batch_size
             share = order[start + self.rank : start + self.batch_size : self.world_size]
-            yield [(epoch, index) for index in share]
+            for part in range(self.accumulate):
+                yield [(epoch, index) for index in share[part :: self.accumulate]]

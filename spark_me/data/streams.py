@@ -23,7 +23,7 @@ BATCHES_AHEAD = 2
 
 
 class ShardSampler(Sampler[list[Key]]):
-    """This process's batches from one step to the last of the run.
+    """This process's micro-batches from one step to the last of the run.
 
     Every epoch is a new order of the shards. Each process takes every world_size-th of them, reads them one after the
     other, and draws their images from a buffer; a process whose shards are read before the epoch ends begins them
@@ -42,11 +42,12 @@ class ShardSampler(Sampler[list[Key]]):
         first_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         """
         Args:
             shards: at least `world_size`.
-            batch_size: images in a step over all processes; a multiple of `world_size`.
+            batch_size: images in a step over all processes; a multiple of `world_size` · `accumulate`.
             epochs: length of the run.
             repeats: passes over the shards that make one epoch.
             buffer: images that the next one is drawn from.
@@ -54,6 +55,7 @@ class ShardSampler(Sampler[list[Key]]):
             first_step: where to begin; the images of the epoch's earlier steps are read again and dropped.
             rank: this process.
             world_size: number of processes.
+            accumulate: micro-batches that a process's share of a step comes in.
 
         Raises:
             UserError: if there are fewer shards than processes.
@@ -72,9 +74,10 @@ class ShardSampler(Sampler[list[Key]]):
         self.first_step = first_step
         self.rank = rank
         self.world_size = world_size
+        self.accumulate = accumulate
 
     def __len__(self) -> int:
-        return self.steps - self.first_step
+        return (self.steps - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
         return read_ahead(self._batches(), BATCHES_AHEAD)
@@ -90,7 +93,8 @@ class ShardSampler(Sampler[list[Key]]):
                 # The buffer's content depends on all that came before.
                 next(islice(images, skipped * self.share, skipped * self.share), None)
                 skipped = 0
-            yield [(epoch, index, image) for index, image in islice(images, self.share)]
+            for _ in range(self.accumulate):
+                yield [(epoch, index, image) for index, image in islice(images, self.share // self.accumulate)]
 
     def _shuffled(self, epoch: int) -> Iterator[tuple[int, Encoded]]:
         """Endless (index, image) of an epoch."""

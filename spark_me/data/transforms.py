@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from spark_me.config_data import PATCH_SIZE, DataConfig, statistics_of
+from spark_me.config_data import DataConfig, statistics_of
 from spark_me.data.reading import Picture
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.masking import MIN_VALID
@@ -30,12 +30,13 @@ class Crop(NamedTuple):
 class Transform:
     """Crops, normalises, and finds the patches that have data."""
 
-    def __init__(self, geometry: Callable, data: DataConfig, channels: int, attempts: int) -> None:
+    def __init__(self, geometry: Callable, data: DataConfig, channels: int, patch_size: int, attempts: int) -> None:
         """
         Args:
             geometry: crops and resizes an image or a tensor [C, H, W].
             data: with `nodata` and the statistics of the channels.
             channels: C.
+            patch_size: P, the side of the patches that are judged by their data.
             attempts: how often to crop until there is enough data; more than 1 for random crops.
         """
         mean, std = statistics_of(data, channels)
@@ -45,6 +46,7 @@ class Transform:
         self.geometry = geometry
         self.mean = torch.tensor(mean).view(-1, 1, 1)
         self.nodata = data.nodata is not None
+        self.patch_size = patch_size
         self.attempts = attempts
 
     def __call__(self, picture: Picture) -> Crop:
@@ -61,7 +63,7 @@ class Transform:
         for _ in range(self.attempts):
             crop = self.geometry(marked)
             without_data = crop[-1].isnan()
-            valid = _patches_with_data(without_data)
+            valid = _patches_with_data(without_data, self.patch_size)
             if valid.sum() >= MIN_VALID:
                 return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid)
             most = max(most, int(valid.sum()))
@@ -98,7 +100,7 @@ class CentreCrop:
         return resized
 
 
-def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3) -> Transform:
+def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32) -> Transform:
     """Random resized crop and flip, drawn from torch's default generator."""
     crop = v2.RandomResizedCrop(
         list(image_size),
@@ -107,12 +109,14 @@ def train_transform(data: DataConfig, image_size: Sequence[int], channels: int =
         antialias=True,
     )
     geometry = v2.Compose([crop, v2.RandomHorizontalFlip(data.flip)])
-    return Transform(geometry, data, channels, ATTEMPTS)
+    return Transform(geometry, data, channels, patch_size, ATTEMPTS)
 
 
-def held_out_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3) -> Transform:
+def held_out_transform(
+    data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32
+) -> Transform:
     """The largest centred crop of the image's shape, resized."""
-    return Transform(CentreCrop(image_size, data.interpolation), data, channels, attempts=1)
+    return Transform(CentreCrop(image_size, data.interpolation), data, channels, patch_size, attempts=1)
 
 
 def to_displayable(images: Tensor, data: DataConfig) -> Tensor:
@@ -130,7 +134,7 @@ def to_displayable(images: Tensor, data: DataConfig) -> Tensor:
     return restored[:, :shown].clamp(0, 1)
 
 
-def _patches_with_data(without_data: Tensor) -> Tensor:
+def _patches_with_data(without_data: Tensor, patch_size: int) -> Tensor:
     """bool [H, W] of pixels → bool [fh, fw] of patches."""
-    blocks = without_data.unfold(0, PATCH_SIZE, PATCH_SIZE).unfold(1, PATCH_SIZE, PATCH_SIZE)
+    blocks = without_data.unfold(0, patch_size, patch_size).unfold(1, patch_size, patch_size)
     return ~blocks.flatten(2).any(dim=2)

@@ -101,6 +101,11 @@ def list_encoders() -> list[str]:
     return list(ENCODERS)
 
 
+def patch_size_of(name: str) -> int:
+    """P, the total stride of an encoder of `list_encoders()`."""
+    return ENCODERS[name].total_stride
+
+
 def register_encoder(
     name: str,
     build: Callable[[int, float], "SparseEncoder"],

@@ -18,8 +18,9 @@ def synchronized_batch_norm(rows: Tensor, norm: nn.modules.batchnorm._BatchNorm)
     Updates the running statistics of `norm` (unbiased variance), as torch's batch normalisation does.
     """
     x = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    total = distributed_functional.all_reduce(x.new_tensor([x.shape[0]]))
-    mean = distributed_functional.all_reduce(x.sum(dim=0)) / total
+    sums = distributed_functional.all_reduce(torch.cat([x.sum(dim=0), x.new_tensor([x.shape[0]])]))
+    total = sums[-1].detach()
+    mean = sums[:-1] / total
     # Two passes: E[x²] − E[x]² would cancel where the mean is large.
     variance = distributed_functional.all_reduce((x - mean).square().sum(dim=0)) / total
     _update_statistics(norm, mean.detach(), (variance * total / (total - 1)).detach())
@@ -56,13 +57,20 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace every `BatchNorm` and `nn.BatchNorm2d` inside `module` by its synchronised twin, parameters shared."""
+    """Replace every `BatchNorm` and `nn.BatchNorm2d` inside `module` by its synchronised twin, parameters shared.
+
+    Dense norms on a GPU become torch's own `nn.SyncBatchNorm`, which has kernels there.
+    """
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child))
     if type(module) not in (BatchNorm, nn.BatchNorm2d):
         return module
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    twin = SyncBatchNorm if isinstance(module, BatchNorm) else SyncBatchNorm2d
+    twin: type[nn.modules.batchnorm._BatchNorm]
+    if isinstance(module, BatchNorm):
+        twin = SyncBatchNorm
+    else:
+        twin = nn.SyncBatchNorm if module.weight.is_cuda else SyncBatchNorm2d
     converted = twin(module.num_features, eps=module.eps, momentum=module.momentum)
     converted.weight, converted.bias = module.weight, module.bias
     converted.running_mean, converted.running_var = module.running_mean, module.running_var

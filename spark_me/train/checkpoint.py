@@ -8,63 +8,75 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import spark_me
 from spark_me.config import Config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
-from spark_me.spark import SparK
 
-FORMAT = "spark_me.pretrain"
-FORMAT_VERSION = 1
+PRETRAIN = "pretrain"
+FORMAT_VERSION = 2
+BEST = "best.pt"
 
 
 @dataclass
 class TrainState:
     """What training changes."""
 
-    model: SparK
+    model: nn.Module
     optimizer: Optimizer
+    scaler: GradScaler
+    """Of fp16's loss; without effect in other precisions."""
     step: int = 0
-    """Steps done; decides the schedule, the epoch and the batch that comes next."""
+    """Steps done; decides the schedule, the epoch, the batch that comes next and what is drawn in it."""
+    best: float | None = None
+    """Lowest held-out value so far."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reasons by path of the files that were skipped."""
 
 
-def save_checkpoint(
-    folder: Path, state: TrainState, config: Config, *, steps_per_epoch: int, data_fingerprint: str, keep_last: int
-) -> Path:
-    """Write `step_N.pt` atomically, then delete all but the newest `keep_last`.
-
-    Raises:
-        UserError: if it cannot be written; earlier checkpoints are untouched.
-    """
+def checkpoint_of(
+    state: TrainState, config: Config, *, task: str, steps_per_epoch: int, data_fingerprint: str
+) -> dict[str, Any]:
+    """What a checkpoint holds; its tensors are copies on the CPU, so that training may go on while it is written."""
     epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
-    content = {
-        "format": FORMAT,
+    return {
+        "format": f"spark_me.{task}",
         "format_version": FORMAT_VERSION,
         "config": to_yaml(config),
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "model": _copied(state.model.state_dict()),
+        "optimizer": _copied(state.optimizer.state_dict()),
+        "scaler": state.scaler.state_dict(),
         "step": state.step,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
         "samples_seen": state.step * config.train.batch_size,
+        "best": state.best,
         "data": data_fingerprint,
-        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
-        "unreadable": state.unreadable,
+        "unreadable": dict(state.unreadable),
         "versions": {
             "spark_me": spark_me.__version__,
             "torch": str(torch.__version__),
             "MinkowskiEngine": version("MinkowskiEngine"),
         },
     }
-    path = folder / f"step_{state.step:08d}.pt"
+
+
+def write_checkpoint(folder: Path, content: dict[str, Any], *, keep_last: int, best: bool = False) -> Path:
+    """Write `step_N.pt` atomically, then delete all but the newest `keep_last`; with `best`, write best.pt before.
+
+    Raises:
+        UserError: if it cannot be written; earlier checkpoints are untouched.
+    """
+    path = checkpoint_path(folder, content["step"])
     try:
-        with atomic_write(path) as file:
-            torch.save(content, file)
+        # A run killed between the two goes on from before, measures the same and writes best.pt again.
+        for place in [folder / BEST, path] if best else [path]:
+            with atomic_write(place) as file:
+                torch.save(content, file)
     except UserError as error:
         kept = list_checkpoints(folder)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
@@ -74,13 +86,18 @@ def save_checkpoint(
     return path
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after a number of steps lies."""
+    return folder / f"step_{step:08d}.pt"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, oldest first."""
+    """Checkpoints in a folder, oldest first; without the best."""
     return sorted(folder.glob("step_*.pt"))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint on the CPU, without running any code that it may hold.
+def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
+    """Load a task's checkpoint on the CPU, without running any code that it may hold.
 
     Raises:
         UserError: if it is missing, truncated, or not written by this program.
@@ -92,8 +109,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
         # torch says the same in many ways and many lines.
         raise UserError(f"{path}: is truncated or no checkpoint: use an earlier checkpoint") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path}: is no pretraining checkpoint of spark_me: give one from a run's checkpoints/ folder")
+    if not isinstance(content, dict) or content.get("format") != f"spark_me.{task}":
+        raise UserError(f"{path}: is no checkpoint of spark-me {task}: give one from a run's checkpoints/ folder")
     if content["format_version"] != FORMAT_VERSION:
         found = content["format_version"]
         raise UserError(f"{path}: has format {found}, this version reads {FORMAT_VERSION}: use the spark_me it is from")
@@ -119,11 +136,22 @@ def load_model(model: nn.Module, content: dict[str, Any], path: Path) -> None:
 
 
 def restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
-    """Bring model, optimizer, position and random state back to where the checkpoint was written."""
+    """Bring everything that training changes back to where the checkpoint was written."""
     load_model(state.model, content, path)
     state.optimizer.load_state_dict(content["optimizer"])
+    if content["scaler"]:  # empty in precisions without one
+        state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]
+    state.best = content["best"]
     state.unreadable.update(content["unreadable"])
-    torch.set_rng_state(content["rng"]["cpu"])
-    if torch.cuda.is_available() and len(content["rng"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(content["rng"]["cuda"])
+
+
+def _copied(value: Any) -> Any:
+    """A nested container with copies of its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

@@ -1,25 +1,12 @@
 """How long training waits for its images, and a word about it when that is long."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-
-from spark_me.data.datasets import Batch
+from collections.abc import Callable
 
 MOST = 0.2
 """Share of the time that may go by waiting before it is said."""
 STEPS = 10
 """Steps that are measured before."""
-
-
-def timed(batches: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Each batch, with the seconds that it was waited for."""
-    waiting = iter(batches)
-    while True:
-        start = time.perf_counter()
-        batch = next(waiting, None)
-        if batch is None:
-            return
-        yield batch, time.perf_counter() - start
 
 
 class DataWait:

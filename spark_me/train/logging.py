@@ -1,9 +1,13 @@
 """What a run tells: a progress bar for the eye, TensorBoard and metrics.jsonl for later."""
 
+import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -52,15 +56,25 @@ class RunLog:
             self._write(step, {**values, "data_wait": data_wait, "images_per_second": rate})
             self._rate = _Rate()
 
-    def epoch(self, step: int, loss: float, held_out_loss: float | None) -> None:
-        """Report the end of an epoch, with the loss of its last step and the held-out loss if it was measured."""
-        line = f"{self._describe(step - 1)} · step {step} · loss {loss:.4f}"
-        if held_out_loss is not None:
-            self._write(step, {"held_out_loss": held_out_loss})
-            line += f" · held-out {held_out_loss:.4f}"
-        self._bar.write(line)
+    def epoch(self, step: int, loss: float, measured: dict[str, float]) -> None:
+        """Report the end of an epoch, with the loss of its last step and what was measured on held-out data."""
+        if measured:
+            self._write(step, measured)
+        values = [
+            f"{name.replace('held_out_', 'held-out ')} {value:.4f}"
+            for name, value in {"loss": loss, **measured}.items()
+        ]
+        self._bar.write(" · ".join([self._describe(step - 1), f"step {step}", *values]))
+
+    def picture(self, step: int, path: Path) -> None:
+        """Show a picture file in TensorBoard."""
+        with Image.open(path) as picture:
+            self._board.add_image(path.stem, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def pause(self) -> None:
+        """Leave what is not training, such as the end of an epoch, out of the rate."""
         self._wait.begin_epoch()
-        self._rate = _Rate()  # what happens between epochs is not training
+        self._rate = _Rate()
 
     def close(self) -> None:
         """Finish the bar and the event file."""
@@ -72,7 +86,8 @@ class RunLog:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         entry: dict[str, Any] = {"step": step, "epoch": step / self.steps_per_epoch, **values}
-        self._metrics.append(entry)
+        # JSON knows no infinity; a step that fp16's scaler leaves out has such a gradient.
+        self._metrics.append({name: value if math.isfinite(value) else None for name, value in entry.items()})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -1,74 +1,111 @@
-"""The training loop on one screen."""
+"""One training step on one screen: the whole batch's gradient, over micro-batches and processes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from spark_me.data.datasets import Batch
-from spark_me.data.unreadable import UnreadableFiles
+from spark_me.data.randomness import STEP, seed_of
 from spark_me.errors import UserError
-from spark_me.masking import draw_visible_of_samples
+from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState
-from spark_me.train.data_wait import timed
+from spark_me.train.precision import SMALLEST_SCALE, Precision
 from spark_me.train.schedules import Schedule
-
-OnStep = Callable[[dict[str, float], int], None]
-"""Called after a step with its values by name and its number of images."""
+from spark_me.train.task import Inputs, Task
 
 
-def train(
-    state: TrainState,
-    batches: Iterable[Batch],
-    schedule: Schedule,
-    unreadable: UnreadableFiles,
-    *,
-    steps_per_epoch: int,
-    seed: int,
-    clip_norm: float | None,
-    device: torch.device,
-    autocast: torch.autocast,
-    on_step: OnStep,
-) -> None:
-    """Train on batches, of which the first is that of step `state.step`.
+class Stepper:
+    """Takes steps; every process takes each together with the others."""
 
-    Raises:
-        UserError: if the loss or its gradient is not finite (before the step), or too many files are unreadable.
-    """
-    model = state.model
-    model.train()
-    for batch, data_wait in timed(batches):
-        unreadable.add(batch.unreadable)
-        if not batch.indices:
-            raise UserError(f"none of the images of step {state.step + 1} is readable: run `spark-me data check`")
-        epoch = state.step // steps_per_epoch
-        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio, batch.valid)
-        schedule.apply(state.optimizer, state.step)
-        with autocast:
-            valid = None if batch.valid is None else batch.valid.to(device, non_blocking=True)
-            loss = model(batch.images.to(device, non_blocking=True), visible.to(device), valid)
-        gradient_norm = _backward(state, loss, clip_norm)
-        state.optimizer.step()
+    def __init__(
+        self,
+        task: Task,
+        state: TrainState,
+        schedule: Schedule,
+        precision: Precision,
+        *,
+        seed: int,
+        clip_norm: float | None,
+    ) -> None:
+        self.task = task
+        self.state = state
+        self.schedule = schedule
+        self.precision = precision
+        self.seed = seed
+        self.clip_norm = math.inf if clip_norm is None else clip_norm
+        self.model: nn.Module = task.model
+        if distributed.world_size() > 1:
+            # Statistics of synchronised norms are equal on all processes already.
+            self.model = DistributedDataParallel(task.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Take a step on this process's micro-batches; return its values by name.
+
+        Raises:
+            UserError: if the loss or its gradient is not finite; the step is not taken then.
+        """
+        state, step = self.state, self.state.step
+        self.model.train()
+        # What is drawn in a step depends on nothing before it: a resumed run draws the same.
+        torch.manual_seed(seed_of(STEP, self.seed, step, distributed.rank()))
+        inputs = [self.task.inputs(batch, step // self.task.steps_per_epoch) for batch in batches]
+        self.schedule.apply(state.optimizer, step)
+        state.optimizer.zero_grad()
+        loss = self._backward(inputs)
+        self._require_finite("loss", loss)
+        norm = self._update()
         state.step += 1
-        values = {"loss": loss.item(), "gradient_norm": gradient_norm, "lr": schedule.lr(state.step - 1)}
-        values["data_wait"] = data_wait
-        on_step({**values, "weight_decay": schedule.decay(state.step - 1)}, len(batch.indices))
+        return {
+            "loss": loss,
+            "gradient_norm": norm,
+            "lr": self.schedule.lr(step),
+            "weight_decay": self.schedule.decay(step),
+        }
 
+    def _backward(self, inputs: Sequence[Inputs]) -> float:
+        """Leave the gradient of the mean loss over all targets of the whole batch; return that loss."""
+        (targets,) = distributed.total(sum(one.targets for one in inputs))
+        losses = []
+        for number, (tensors, count) in enumerate(inputs, 1):
+            on_device = [tensor.to(self.precision.device, non_blocking=True) for tensor in tensors]
+            with self._exchange_held_back(last=number == len(inputs)):
+                with self.precision.autocast:
+                    loss = self.task.loss(self.model, *on_device)
+                # A share of the whole batch's mean; DistributedDataParallel divides the sum by the processes.
+                share = loss * (count / targets * distributed.world_size())
+                self.precision.scaler.scale(share).backward()
+            losses.append(loss.detach() * (count / targets))
+        (mean,) = distributed.total(torch.stack(losses).sum(dtype=torch.float64).item())
+        return mean
 
-def _backward(state: TrainState, loss: Tensor, clip_norm: float | None) -> float:
-    """Compute and clip the gradient; return its norm."""
-    _require_finite("loss", loss.item(), state.step)
-    state.optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), math.inf if clip_norm is None else clip_norm).item()
-    _require_finite("gradient", norm, state.step)
-    return norm
+    def _exchange_held_back(self, *, last: bool) -> AbstractContextManager:
+        """Processes exchange gradients once a step, with its last micro-batch."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
+    def _update(self) -> float:
+        """Clip the gradient and let the optimizer take it; return its norm."""
+        scaler, optimizer = self.precision.scaler, self.state.optimizer
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip_norm).item()
+        # A scaler leaves such a step out, and lowers its scale.
+        if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
+            self._require_finite("gradient", norm)
+        scaler.step(optimizer)
+        scaler.update()
+        return norm
 
-def _require_finite(what: str, value: float, steps_done: int) -> None:
-    if not math.isfinite(value):
-        raise UserError(
-            f"the {what} is {value} at step {steps_done + 1}; the step was not taken: go on from the last "
-            "checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or train.precision=fp32"
-        )
+    def _require_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise distributed.shared(
+                UserError(
+                    f"the {what} is {value} at step {self.state.step + 1}; the step was not taken: go on from the last "
+                    "checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or "
+                    "train.precision=fp32"
+                )
+            )

@@ -10,6 +10,7 @@ from torch import nn
 
 from spark_me.config import Config
 from spark_me.data.files import Files
+from spark_me.train import distributed
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
@@ -28,13 +29,15 @@ def say_beginning(
     """What is trained on what, and from where."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     height, width = config.model.image_size
+    processes = distributed.world_size()
+    where = str(device) if processes == 1 else f"{processes} processes ({device.type})"
     print(
         f"SparK {config.model.encoder} ({parameters / 1e6:.2f} M parameters with decoder), "
-        f"{height}×{width}, {config.model.mask_ratio:.0%} hidden, {config.train.precision} on {device}"
+        f"{height}×{width}, {config.model.mask_ratio:.0%} hidden, {config.train.precision} on {where}"
     )
     print(
         f"{len(files.train)} training images (× {config.data.repeats} crops an epoch), {len(files.held_out)} held out; "
-        f"{config.train.epochs} epochs, {schedule.steps} steps of {config.train.batch_size}, "
+        f"{config.train.epochs} epochs, {schedule.steps} steps of {_batch(config, processes)}, "
         f"{config.optim.name} with peak lr {schedule.peak_lr:.3g}"
     )
     if resumed_from is None:
@@ -43,6 +46,12 @@ def say_beginning(
         print(f"going on from {resumed_from}, {steps_done} steps done")
     else:
         print(f"this run is complete: {resumed_from} is its last step (for another, choose another run.dir)")
+
+
+def say_stopped(config: Config, steps_done: int, checkpoint: Path) -> None:
+    """How to go on with a run that was asked to stop before its end."""
+    how = "" if config.run.resume == "auto" else " with run.resume=auto"
+    print(f"stopped as asked, {steps_done} steps done and saved in {checkpoint}: repeat the command{how} to go on")
 
 
 def say_end(run: RunDirectory) -> None:
@@ -57,6 +66,11 @@ def say_end(run: RunDirectory) -> None:
     print(f"try       {_command('spark-me')} {reconstruct}")
     own = "pretrain configs/pretrain/small.yaml data.root=/path/to/images run.dir=runs/mine"
     print(f"next      {_command('spark-me')} {own}")
+
+
+def _batch(config: Config, processes: int) -> str:
+    size, parts = config.train.batch_size, processes * config.train.accumulate
+    return str(size) if parts == 1 else f"{size} ({processes} × {config.train.accumulate} × {size // parts})"
 
 
 def _command(name: str) -> str:

@@ -10,7 +10,7 @@ from spark_me.train.checkpoint import config_of, list_checkpoints, read_checkpoi
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
 # images step N sees.
-CHANGEABLE = ("optim.", "train.epochs:", "train.precision:")
+CHANGEABLE = ("optim.", "train.epochs:", "train.precision:", "train.compile:")
 
 
 class RunDirectory:
@@ -19,6 +19,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
@@ -48,7 +49,7 @@ class RunDirectory:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_yaml(config))
 
-    def find_checkpoint(self, config: Config) -> tuple[Path, dict[str, Any]] | None:
+    def find_checkpoint(self, config: Config, task: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint that `run.resume` asks for, read; None to start afresh.
 
         Raises:
@@ -58,9 +59,9 @@ class RunDirectory:
         if resume == "never":
             return None
         if resume == "auto":
-            return self._newest_that_loads()
+            return self._newest_that_loads(task)
         path = Path(resume)
-        content = read_checkpoint(path)
+        content = read_checkpoint(path, task)
         different = differing_keys(config_of(content, path), config)
         fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
         if fixed:
@@ -70,11 +71,11 @@ class RunDirectory:
             raise UserError(f"{path}: run.dir holds newer ones, up to {newer[-1].name}: take another, or resume=auto")
         return path, content
 
-    def _newest_that_loads(self) -> tuple[Path, dict[str, Any]] | None:
+    def _newest_that_loads(self, task: str) -> tuple[Path, dict[str, Any]] | None:
         paths = list_checkpoints(self.checkpoints)
         for path in reversed(paths):
             try:
-                return path, read_checkpoint(path)
+                return path, read_checkpoint(path, task)
             except UserError as error:
                 print(f"spark-me: skipped a damaged checkpoint: {error}")
         if paths:

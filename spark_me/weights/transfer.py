@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from spark_me.errors import UserError
 from spark_me.weights.canonical import OPTIONAL_PARTS, Weights, from_canonical, part_of, to_canonical
 from spark_me.weights.download import local_file
 from spark_me.weights.files import bare_state, read_state
 from spark_me.weights.kernels import weight_to_kernel
 from spark_me.weights.layout_rules import KERNEL, WEIGHT
+from spark_me.weights.own import dense_state, load_same
 from spark_me.weights.strict import check_tensors
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
 
     Args:
         model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
+            With an encoder of one's own, a state dict or file of the very same names loads.
         source: path or URL of a .pth or .safetensors file, or a state dict.
 
     Raises:
@@ -44,9 +47,13 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
         where, state = "the state dict", bare_state(source, "the state dict")
     else:
         where, state = str(source), read_state(local_file(source))
-    weights = to_canonical(state, where)
     target = model.state_dict()
-    own = to_canonical(target, "the model")
+    try:
+        own = to_canonical(target, "the model")
+    except UserError:  # no table knows an encoder of one's own
+        load_same(model, state, where)
+        return Loaded(type(getattr(model, "encoder", model)).__name__, "spark_me", ())
+    weights = to_canonical(state, where)
     notes = weights.notes + _check(weights, own, where)
     for name, tensor in weights.tensors.items():
         key = own.keys.get(name)
@@ -65,12 +72,16 @@ def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, T
     Args:
         model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
         layout: torchvision, timm, official, mmpretrain, detectron2 or spark_me. Decoder and mask tokens are left out
-            where the layout has no place for them.
+            where the layout has no place for them. "dense", for any encoder, one's own too: its own names, with the
+            weights of dense layers.
 
     Raises:
         UserError: for an unknown layout, one that cannot hold the encoder, or a model that is none of these.
     """
-    state, _, _ = from_canonical(to_canonical(model.state_dict(), "the model"), layout)
+    if layout == "dense":
+        state = dense_state(model)
+    else:
+        state, _, _ = from_canonical(to_canonical(model.state_dict(), "the model"), layout)
     return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
 
 

@@ -1,0 +1,67 @@
+"""The ranges of a configuration's values."""
+
+from collections.abc import Iterator
+
+from spark_me.config_data import Rule, data_rules
+from spark_me.config_schema import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from spark_me.encoders import list_encoders, patch_size_of
+
+BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
+OPTIMIZERS = ("lamb", "adamw")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+def rules(config: Config) -> Iterator[Rule]:
+    """Every range check, in the order of the keys."""
+    yield from _model_rules(config.model)
+    yield from data_rules(config.data, config.model.in_channels)
+    yield from _optim_rules(config.optim, config.train.epochs)
+    yield from _train_rules(config.train)
+    yield from _run_rules(config.run)
+
+
+def _model_rules(model: ModelConfig) -> Iterator[Rule]:
+    yield "model.encoder", model.encoder in list_encoders(), f"must be one of {', '.join(list_encoders())}"
+    yield "model.backend", model.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}"
+    size = model.image_size
+    yield "model.image_size", len(size) == 2, "must be [height, width]"
+    patch = patch_size_of(model.encoder) if model.encoder in list_encoders() else 1
+    nearest = [max(1, round(side / patch)) * patch for side in size]
+    yield "model.image_size", size == nearest, f"must be multiples of {patch}, for example {nearest}"
+    yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
+    yield "model.mask_ratio", 0 < model.mask_ratio < 1, "must lie between 0 and 1, for example 0.6"
+    width = model.decoder_width
+    yield "model.decoder_width", width > 0 and width % patch == 0, f"must be a positive multiple of {patch}"
+    yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
+
+
+def _optim_rules(optim: OptimConfig, epochs: int) -> Iterator[Rule]:
+    yield "optim.name", optim.name in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}"
+    yield "optim.base_lr", optim.base_lr > 0, "must be positive"
+    yield "optim.betas", len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas), "must be two in [0, 1)"
+    yield "optim.weight_decay", optim.weight_decay >= 0, "must not be negative"
+    yield "optim.weight_decay_end", optim.weight_decay_end >= 0, "must not be negative"
+    warmup_fits = 0 <= optim.warmup_epochs <= epochs or epochs < 1  # a wrong train.epochs is named by its own rule
+    yield "optim.warmup_epochs", warmup_fits, f"must lie between 0 and train.epochs={epochs}"
+    yield "optim.warmup_start_factor", 0 <= optim.warmup_start_factor <= 1, "must be a share of the peak in [0, 1]"
+    yield "optim.end_factor", 0 <= optim.end_factor <= 1, "must be a share of the peak in [0, 1]"
+    yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "must be null or positive"
+
+
+def _train_rules(train: TrainConfig) -> Iterator[Rule]:
+    yield "train.epochs", train.epochs >= 1, "must be at least 1"
+    yield "train.batch_size", train.batch_size >= 1, "must be at least 1"
+    yield "train.accumulate", train.accumulate >= 1, "must be at least 1"
+    yield "train.precision", train.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"
+
+
+def _run_rules(run: RunConfig) -> Iterator[Rule]:
+    yield "run.dir", bool(run.dir), "must name a directory"
+    yield "run.resume", bool(run.resume), "must be auto, never or a checkpoint's path"
+    yield "run.seed", 0 <= run.seed < 2**63, "must not be negative"
+    every = run.checkpoint_every_steps
+    yield "run.checkpoint_every_steps", every is None or every >= 1, "must be null or at least 1"
+    yield "run.keep_last", run.keep_last >= 1, "must be at least 1"
+    yield "run.log_every_steps", run.log_every_steps >= 1, "must be at least 1"
+    yield "run.evaluate_every_epochs", run.evaluate_every_epochs >= 1, "must be at least 1"
+    yield "run.picture_every_epochs", run.picture_every_epochs >= 1, "must be at least 1"

@@ -1,0 +1,139 @@
+"""SparK pretraining as a task for the trainer."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from spark_me.config import Config
+from spark_me.data.datasets import Batch, collate
+from spark_me.data.files import Files, fingerprint
+from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
+from spark_me.data.unreadable import UnreadableFiles
+from spark_me.errors import UserError
+from spark_me.masking import draw_visible_of_samples
+from spark_me.spark import SparK
+from spark_me.sparse import convert_sync_batchnorm
+from spark_me.train import distributed
+from spark_me.train.checkpoint import PRETRAIN
+from spark_me.train.evaluate import measure_held_out
+from spark_me.train.metrics import read_metrics
+from spark_me.train.plots import plot_loss
+from spark_me.train.reconstruct import draw_reconstruction, model_of
+from spark_me.train.run_directory import RunDirectory
+from spark_me.train.task import Inputs
+from spark_me.train.unreadable import note_unreadable
+
+PICTURES = 6
+"""Most rows of reconstruction.png."""
+
+
+class Pretraining:
+    """Reconstruct the hidden patches (`Task` says what each member is)."""
+
+    name = PRETRAIN
+    best_by = "held_out_loss"
+
+    def __init__(self, config: Config, files: Files, device: torch.device) -> None:
+        """
+        Raises:
+            UserError: if the batch does not fit the number of images or of processes, or the mask not the images.
+        """
+        self.config = config
+        self.images = files
+        self.device = device
+        self.files = len(files.train) + len(files.held_out)
+        self.data_fingerprint = fingerprint(files.train)
+        self.steps_per_epoch = _count_steps_per_epoch(files, config)
+        require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
+        self.model = _build_model(config, device)
+        self.held_out = held_out_dataset(files, config)
+
+    def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
+        return train_loader(
+            self.images,
+            self.config,
+            first_step=first_step,
+            most_unreadable=most_unreadable,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+        model, seed, valid = self.model, self.config.run.seed, batch.valid
+        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio, valid)
+        if valid is None:
+            return Inputs((batch.images, visible), targets=int((~visible).sum()))
+        return Inputs((batch.images, visible, valid), targets=int((valid & ~visible).sum()))
+
+    def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
+        return model(*tensors)
+
+    def evaluate(self, unreadable: UnreadableFiles, autocast: torch.autocast) -> dict[str, float]:
+        """The held-out loss; every process measures its share of the images."""
+        if not self.images.held_out:
+            return {}
+        batches = held_out_loader(
+            self.held_out,
+            self.config,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=self.device.type == "cuda",
+        )
+        own = measure_held_out(self.model, batches, seed=self.config.run.seed, device=self.device, autocast=autocast)
+        note_unreadable(unreadable, own.unreadable)
+        loss_sum, images = distributed.total(own.loss_sum, own.images)
+        if not images:
+            raise distributed.shared(
+                UserError(
+                    "none of the held-out images is readable (see unreadable.txt in run.dir): check data.val_root"
+                )
+            )
+        return {"held_out_loss": loss_sum / images}
+
+    def draw(self, run: RunDirectory) -> None:
+        """The loss over the steps, and what the model makes of the first held-out images."""
+        plot_loss(read_metrics(run.metrics), run.loss_plot)
+        rows = min(PICTURES, len(self.held_out))
+        batch = collate([self.held_out[index] for index in range(rows)])
+        if batch.indices:
+            draw_reconstruction(self.model, batch, self.config, run.picture, seed=self.config.run.seed)
+
+
+def require_even_split(batch_size: int, processes: int, accumulate: int) -> None:
+    """Check that every process gets as many images of a step as the others, in equal micro-batches.
+
+    Raises:
+        UserError: naming the nearest batch sizes that do split.
+    """
+    parts = processes * accumulate
+    below = batch_size // parts * parts
+    if below != batch_size:
+        nearest = f"{below} and {below + parts}" if below else str(parts)
+        raise UserError(
+            f"train.batch_size={batch_size} does not split evenly over {processes} processes × "
+            f"train.accumulate={accumulate}: the nearest that does is {nearest}"
+        )
+
+
+def _build_model(config: Config, device: torch.device) -> SparK:
+    torch.manual_seed(config.run.seed)
+    model = model_of(config).to(device)
+    model.encoder.checkpointing = config.train.activation_checkpointing
+    if distributed.world_size() > 1:
+        convert_sync_batchnorm(model)
+    if config.train.compile:
+        model.decoder.compile(dynamic=False)
+    return model
+
+
+def _count_steps_per_epoch(files: Files, config: Config) -> int:
+    samples = len(files.train) * config.data.repeats
+    batch_size = config.train.batch_size
+    if samples < batch_size:
+        raise UserError(
+            f"train.batch_size={batch_size} is more than the {samples} images of an epoch "
+            f"({len(files.train)} files × data.repeats={config.data.repeats}): lower it, or raise data.repeats"
+        )
+    return samples // batch_size

@@ -1,0 +1,196 @@
+"""The trainer: brings a task from its newest checkpoint to its last step, alone or with other processes."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from spark_me.config import Config
+from spark_me.data.datasets import Batch
+from spark_me.data.unreadable import UnreadableFiles
+from spark_me.errors import UserError
+from spark_me.files import write_text
+from spark_me.train import distributed
+from spark_me.train.checkpoint import TrainState, checkpoint_of, restore
+from spark_me.train.environment import describe_environment
+from spark_me.train.failures import named_failures
+from spark_me.train.logging import RunLog
+from spark_me.train.loop import Stepper
+from spark_me.train.optim import build_optimizer
+from spark_me.train.precision import Precision
+from spark_me.train.run_directory import RunDirectory
+from spark_me.train.schedules import build_schedule
+from spark_me.train.stop import StopRequest
+from spark_me.train.task import Task
+from spark_me.train.unreadable import note_unreadable
+from spark_me.train.writer import CheckpointWriter
+
+
+class Trainer:
+    """One process's part of a run. The main process alone writes; all take every step together."""
+
+    def __init__(self, task: Task, config: Config, run: RunDirectory, device: torch.device) -> None:
+        """
+        Raises:
+            UserError: if the device cannot compute in the precision asked for.
+        """
+        self.task = task
+        self.config = config
+        self.run = run
+        self.device = device
+        self.precision = Precision(config.train.precision, device)
+        self.schedule = build_schedule(config, task.steps_per_epoch)
+        self.state = TrainState(task.model, build_optimizer(task.model, config.optim), self.precision.scaler)
+        self.unreadable = UnreadableFiles(
+            self.state.unreadable, task.files, config.data.max_unreadable, write=self._write_unreadable
+        )
+
+    def resume(self) -> str | None:
+        """Bring the state to the checkpoint that the configuration asks for; return its path, None when fresh.
+
+        Raises:
+            UserError: if it does not load, is of another run or of other data.
+        """
+        found = None
+        with distributed.agreed():
+            if distributed.is_main():
+                found = self.run.find_checkpoint(self.config, self.task.name)
+        found = distributed.of_main(found)  # the directory need not be on every machine
+        if found is None:
+            return None
+        path, content = found
+        now = self.task.data_fingerprint
+        with distributed.agreed():
+            if content["data"] != now:
+                raise UserError(
+                    f"{path}: the training data changed since ({content['data']} then, {now} now): "
+                    "restore them, or choose another run.dir"
+                )
+            restore(self.state, content, path)
+        return str(path)
+
+    def train(self) -> bool:
+        """Do the steps that are left; False if a signal asked to stop before the last one.
+
+        Raises:
+            UserError: for whatever stops a run; its checkpoints stay.
+        """
+        self.writer = CheckpointWriter(self.run.checkpoints, self.config.run.keep_last)
+        with self._reports(), self.precision.products(), StopRequest() as stop, named_failures(), self.writer:
+            complete = self._take_steps(stop)
+            with distributed.agreed():
+                self.writer.wait()
+        return complete
+
+    @contextmanager
+    def _reports(self) -> Iterator[None]:
+        self.log: RunLog | None = None
+        """Of the main process."""
+        with distributed.agreed():
+            if distributed.is_main():
+                self.run.create(self.config)
+                write_text(self.run.environment, describe_environment(self.device))
+                self.log = RunLog(
+                    self.run,
+                    steps=self.schedule.steps,
+                    steps_per_epoch=self.task.steps_per_epoch,
+                    first_step=self.state.step,
+                    log_every=self.config.run.log_every_steps,
+                    workers=self.config.data.workers,
+                )
+        try:
+            yield
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _take_steps(self, stop: StopRequest) -> bool:
+        seed, clip_norm = self.config.run.seed, self.config.optim.clip_norm
+        stepper = Stepper(self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=clip_norm)
+        source = iter(self.task.batches(self.state.step, self.unreadable.most))
+        while self.state.step < self.schedule.steps:
+            if distributed.total(stop.signal is not None)[0]:
+                self._save()
+                return False
+            started = time.perf_counter()
+            batches = self._fetch(source)
+            data_wait = time.perf_counter() - started
+            values = stepper.step(batches)
+            self._after_step({**values, "data_wait": data_wait, "memory_gib": self._peak_memory()})
+        # A run that was killed between its last checkpoint and its pictures gets them when it is started again.
+        with distributed.agreed():
+            self._draw()
+        return True
+
+    def _fetch(self, source: Iterator[Batch]) -> list[Batch]:
+        """This process's micro-batches of the next step."""
+        with distributed.agreed(), named_failures():
+            self.writer.check()
+            batches = [next(source) for _ in range(self.config.train.accumulate)]
+        note_unreadable(self.unreadable, [record for batch in batches for record in batch.unreadable])
+        with distributed.agreed():
+            if not all(batch.indices for batch in batches):
+                raise UserError(
+                    f"none of the images of step {self.state.step + 1} is readable: run `spark-me data check`"
+                )
+        return batches
+
+    def _after_step(self, values: dict[str, float]) -> None:
+        step = self.state.step
+        with distributed.agreed():
+            if self.log is not None:
+                self.log.step(step, values, self.config.train.batch_size)
+        every = self.config.run.checkpoint_every_steps
+        if step % self.task.steps_per_epoch == 0:
+            self._end_epoch(step // self.task.steps_per_epoch, values["loss"])
+        elif every is not None and step % every == 0:
+            self._save()
+
+    def _end_epoch(self, epoch: int, loss: float) -> None:
+        run, last = self.config.run, epoch == self.config.train.epochs
+        # Measured before the checkpoint, or a kill between the two would leave a gap in the curve.
+        evaluate = last or epoch % run.evaluate_every_epochs == 0
+        measured = self.task.evaluate(self.unreadable, self.precision.autocast) if evaluate else {}
+        value = measured.get(self.task.best_by)
+        best = value is not None and (self.state.best is None or value < self.state.best)
+        if best:
+            self.state.best = value
+        with distributed.agreed():
+            if self.log is not None:
+                self.log.epoch(self.state.step, loss, measured)
+        self._save(best=best)
+        with distributed.agreed():
+            if not last and epoch % run.picture_every_epochs == 0:
+                self._draw()
+            if self.log is not None:
+                self.log.pause()
+
+    def _save(self, *, best: bool = False) -> None:
+        with distributed.agreed():
+            if distributed.is_main():
+                content = checkpoint_of(
+                    self.state,
+                    self.config,
+                    task=self.task.name,
+                    steps_per_epoch=self.task.steps_per_epoch,
+                    data_fingerprint=self.task.data_fingerprint,
+                )
+                self.writer.save(content, best=best)
+
+    def _draw(self) -> None:
+        if self.log is not None:
+            self.task.draw(self.run)
+            if self.run.picture.is_file():
+                self.log.picture(self.state.step, self.run.picture)
+
+    def _write_unreadable(self, text: str) -> None:
+        if distributed.is_main():
+            write_text(self.run.unreadable, text)
+
+    def _peak_memory(self) -> float:
+        """GiB: of the GPU, or of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,0 +1,120 @@
+"""Precisions: fp16's scaler skips and stops, tf32 asks for a GPU, a compiled decoder computes the same."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import newest, write_config, write_images
+from torch import Tensor, nn
+
+from spark_me import build_model, cli
+from spark_me.config import Config
+from spark_me.data.datasets import Batch
+from spark_me.errors import UserError
+from spark_me.train.checkpoint import TrainState, checkpoint_of, restore
+from spark_me.train.loop import Stepper
+from spark_me.train.metrics import read_metrics
+from spark_me.train.optim import build_optimizer
+from spark_me.train.precision import Precision, pick_device
+from spark_me.train.schedules import build_schedule
+from spark_me.train.task import Inputs
+
+CPU = torch.device("cpu")
+
+
+class Fit:
+    """A task of one weight [1, 1]: (w · 2)² for each image."""
+
+    steps_per_epoch = 10
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.constant_(self.model.weight, 0.5)
+
+    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+        return Inputs((batch.images,), len(batch.indices))
+
+    def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
+        return model(tensors[0]).float().square().mean()
+
+
+def fp16_stepper(scale: float) -> Stepper:
+    task, config, precision = Fit(), Config(), Precision("fp16", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer = build_optimizer(task.model, config.optim)
+    state = TrainState(task.model, optimizer, precision.scaler)
+    return Stepper(task, state, build_schedule(config, 10), precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
+
+
+def batch(value: float = 2.0) -> list[Batch]:
+    return [Batch(torch.full((3, 1), value), [0, 1, 2], [])]
+
+
+def test_overflowing_gradient_skips_the_step_and_lowers_the_scale() -> None:
+    stepper = fp16_stepper(2.0**40)
+    before = stepper.task.model.weight.detach().clone()
+    values = stepper.step(batch())
+    assert values["loss"] == pytest.approx(1.0)
+    assert not math.isfinite(values["gradient_norm"])
+    assert torch.equal(stepper.task.model.weight, before)
+    assert (stepper.state.step, stepper.state.scaler.get_scale()) == (1, 2.0**39)
+    stepper = fp16_stepper(2.0**4)
+    assert stepper.step(batch())["gradient_norm"] == pytest.approx(4.0, rel=1e-3)  # d (2w)² / dw
+    assert not torch.equal(stepper.task.model.weight, before)
+
+
+def test_scale_that_underflows_stops() -> None:
+    stepper = fp16_stepper(1e-5)
+    # √x at 0 is finite with an infinite slope.
+    stepper.task.loss = lambda model, images: (model(images) - model(images).detach()).sum().sqrt()  # type: ignore
+    with pytest.raises(UserError, match="the gradient is .* at step 1"):
+        stepper.step(batch())
+
+
+def test_no_scale_mends_a_loss_that_is_not_finite() -> None:
+    with pytest.raises(UserError, match="the loss is nan at step 1"):
+        fp16_stepper(1.0).step(batch(math.nan))
+
+
+def test_scale_comes_back() -> None:
+    stepper, other = fp16_stepper(2.0**40), fp16_stepper(2.0)
+    stepper.step(batch())
+    content = checkpoint_of(stepper.state, Config(), task="pretrain", steps_per_epoch=10, data_fingerprint="")
+    restore(other.state, content, Path("step"))
+    assert other.state.scaler.get_scale() == 2.0**39
+
+
+def test_a_run_in_fp16(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), epochs=1)
+    assert cli.main(["pretrain", str(config), f"run.dir={tmp_path / 'run'}", "train.precision=fp16"]) == 0
+    assert newest(tmp_path / "run")["scaler"]["scale"] >= 1
+    losses = [entry["loss"] for entry in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in entry]
+    assert losses == pytest.approx([1.0] * 4, abs=0.1)
+
+
+def test_tf32_needs_a_gpu() -> None:
+    with pytest.raises(UserError, match="tf32 needs a CUDA GPU, not cpu"):
+        Precision("tf32", CPU)
+    assert pick_device("cpu") == CPU
+
+
+# Inductor takes a minute to generate code; without it, the same graphs are traced.
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_decoder_gives_the_same_loss_and_gradient(one_thread: None, compiler: str) -> None:
+    torch.manual_seed(0)
+    model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
+    images = torch.randn(2, 3, 64, 64)
+    visible = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            names = list(model.state_dict())
+            model.decoder.compile(dynamic=False, backend=compiler)
+            assert list(model.state_dict()) == names
+        model.zero_grad()
+        loss = model(images, visible)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)

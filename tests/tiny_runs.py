@@ -1,0 +1,75 @@
+"""Tiny configurations and images for tests of whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
+from spark_me.train.metrics import read_metrics
+
+CONFIG = """
+model: {{encoder: resnet18, backend: fused, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
+data: {{root: {images}, held_out: 2, workers: {workers}}}
+optim: {{name: adamw, base_lr: 0.05, warmup_epochs: 0}}
+train: {{epochs: {epochs}, batch_size: {batch_size}}}
+run: {{checkpoint_every_steps: 2, log_every_steps: 1, device: cpu, picture_every_epochs: 1000}}
+"""
+
+
+def write_images(folder: Path, number: int = 10) -> Path:
+    """A folder of pictures of noise."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for index in range(number):
+        noise = generator.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{index:02}.png")
+    return folder
+
+
+def write_config(
+    path: Path, images: Path, *, epochs: int = 2, batch_size: int = 2, height: int = 32, workers: int = 0
+) -> Path:
+    """A configuration of 8 // batch_size steps an epoch, for the ten images of `write_images`."""
+    path.write_text(CONFIG.format(images=images, epochs=epochs, batch_size=batch_size, height=height, workers=workers))
+    return path
+
+
+def newest(run: Path) -> dict[str, Any]:
+    """The content of a run's last checkpoint."""
+    return read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+
+
+def values(run: Path) -> list[dict]:
+    """The metrics of every step, without those of the machine."""
+    machine = {"images_per_second", "data_wait", "memory_gib"}
+    entries = read_metrics(run / "metrics.jsonl")
+    return [{key: value for key, value in entry.items() if key not in machine} for entry in entries]
+
+
+def assert_same_end(actual: Path, expected: Path) -> None:
+    """Two runs arrived at bitwise the same weights, optimizer and curves."""
+    one, other = newest(actual), newest(expected)
+    assert one["step"] == other["step"]
+    for part in ("model", "optimizer"):
+        assert_equal(one[part], other[part], part)
+    assert values(actual) == values(expected)
+
+
+def assert_equal(actual: object, expected: object, place: str = "") -> None:
+    """Bitwise equality of nested containers of tensors."""
+    assert type(actual) is type(expected), place
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected), place  # type: ignore[arg-type]
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected), place  # type: ignore[call-overload]
+        for key in expected:
+            assert_equal(actual[key], expected[key], f"{place}.{key}")  # type: ignore[index]
+    elif isinstance(expected, list):
+        assert len(actual) == len(expected), place  # type: ignore[arg-type]
+        for number, (one, other) in enumerate(zip(actual, expected)):  # type: ignore[call-overload]
+            assert_equal(one, other, f"{place}[{number}]")
+    else:
+        assert actual == expected, place
