@@ -13,7 +13,7 @@ import spark_me
 from spark_me.cli import main
 from spark_me.config import load_config
 from spark_me.inference.features import load_encoder
-from spark_me.train.checkpoint import TrainState, save_checkpoint
+from spark_me.train.checkpoint import PRETRAIN, TrainState, checkpoint_of, write_checkpoint
 from spark_me.train.reconstruct import load_images, model_of
 
 
@@ -46,8 +46,9 @@ def test_of_a_pretraining_checkpoint_equal_the_sparse_models(tmp_path, images):
     config = load_config(tmp_path / "c.yaml", overrides)
     model = model_of(config)
     model.load_state_dict(random_like(model.state_dict()))
-    state = TrainState(model, torch.optim.SGD(model.parameters()), step=4)
-    path = save_checkpoint(tmp_path, state, config, steps_per_epoch=4, data_fingerprint="x", keep_last=1)
+    state = TrainState(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler(enabled=False), step=4)
+    content = checkpoint_of(state, config, task=PRETRAIN, steps_per_epoch=4, data_fingerprint="x")
+    path = write_checkpoint(tmp_path, content, keep_last=1)
     with torch.no_grad():
         *_, deepest = model.eval().encode(load_images(images, config).images)
     encoder = load_encoder(path)

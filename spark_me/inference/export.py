@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spark_me.config_data import PATCH_SIZE, statistics_of
+from spark_me.config_data import statistics_of
 from spark_me.errors import UserError
 from spark_me.files import atomic_write, require_folder
 from spark_me.inference.classifier import IMAGENET_CLASSES, imagenet_classes
 from spark_me.inference.export_formats import Exported, export_program, to_onnx, trace
 from spark_me.inference.model_file import ModelFile, read_model
+from spark_me.weights.architectures import PATCH_SIZE
 from spark_me.weights.convert import write_weights
 from spark_me.weights.files import check_target
 

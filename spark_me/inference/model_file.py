@@ -21,8 +21,7 @@ from spark_me.weights.files import bare_state, read_content
 from spark_me.weights.models import PUBLISHED, build_network, list_models
 
 OURS = "spark_me."
-"""How the format of the trainer's checkpoints begins."""
-FORMAT_VERSION = 1
+"""How the format of the trainer's checkpoints begins. Of each version, what is needed is checked by itself."""
 
 
 class ModelFile(NamedTuple):
@@ -85,8 +84,6 @@ def read_model(source: str | os.PathLike[str], *, raw: bool = False) -> ModelFil
     channels = weights.tensors[FAMILY_OF[weights.encoder].image_weight].shape[1]
     if not ours:
         return ModelFile(where, address, weights, None, _recipe_view(weights.encoder, channels, where))
-    if content.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{where}: has format {content.get('format_version')}: use the spark_me it is from")
     view = _configured_view(_parse(content.get("config"), where), channels, where)
     return ModelFile(where, address, weights, _class_names(content, weights, where), view)
 
