@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spark_me.cli_data import add_data
+from spark_me.cli_inference import add_inference
 from spark_me.errors import UserError
 
 
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pretrain(commands)
     _add_reconstruct(commands)
     _add_convert(commands)
+    add_inference(commands)
     _add_bench(commands)
     add_data(commands)
     _add_engine(commands)
