@@ -34,6 +34,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     width = model.decoder_width
     yield "model.decoder_width", width > 0 and width % patch == 0, f"must be a positive multiple of {patch}"
     yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
+    yield "model.init_from", model.init_from != "", "must be null, a published name, a path or a URL"
 
 
 def _optim_rules(optim: OptimConfig) -> Iterator[Rule]:

@@ -120,6 +120,7 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "model.decoder_width=20",
         "model.in_channels=0",
         "model.drop_path=1.0",
+        "model.init_from=''",
         "data.kind=zip",
         "data.held_out=-1",
         "data.repeats=0",
