@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spark_me.cli_data import add_data
+from spark_me.cli_schedule import add_schedule
 from spark_me.errors import UserError
 
 
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_bench(commands)
     add_data(commands)
+    add_schedule(commands)
     _add_engine(commands)
     _add_doctor(commands)
     return parser
