@@ -18,7 +18,8 @@ demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
 	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml
 
 test: setup ## run the tests
-	@$(BIN)/python -m pytest -q
+	@# A file a process; one thread each, as threads of several processes wait for each other.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check
