@@ -46,6 +46,16 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({cause.strerror}): free space, or choose another place") from None
 
 
+def require_folder(path: Path) -> None:
+    """Refuse a file that has no folder to be written to, before any work is done.
+
+    Raises:
+        UserError: if the folder is not there.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
     with atomic_write(path) as file:

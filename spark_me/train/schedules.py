@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from spark_me.config_schema import Config
+from spark_me.config_finetune import AnyConfig
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Schedule:
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set both in an optimizer made by `build_optimizer`."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(step)
+            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
             group["weight_decay"] = self.decay(step) if group["decayed"] else 0.0
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
     """The schedule of a run; the peak is base_lr · batch_size / 256."""
     optim = config.optim
     return Schedule(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write
+from spark_me.files import atomic_write, require_folder
 from spark_me.weights.layout_rules import Layout
 from spark_me.weights.layouts import WRAPPERS
 
@@ -29,7 +29,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: if the file is missing, damaged, no checkpoint, or holds more than plain data.
     """
-    return bare_state(_load(path), str(path))
+    return bare_state(read_content(path), str(path))
+
+
+def read_content(path: Path) -> Any:
+    """All that a file holds, on the CPU; nothing in the file is run.
+
+    Raises:
+        UserError: as `read_state`, but for any plain content.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if path.suffix == SAFETENSORS:
+        load_file = _safetensors().load_file
+        return _reading(path, lambda: load_file(path))
+    return _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def bare_state(content: Any, where: str) -> dict[str, Tensor]:
@@ -82,14 +96,14 @@ def read_card(path: Path) -> dict[str, str]:
         UserError: as `read_state`.
     """
     if path.suffix == SAFETENSORS:
-        _load(path)
+        read_content(path)
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
         metadata.pop("format", None)
         return metadata
-    content = _load(path)
+    content = read_content(path)
     return dict(content.get(CARD) or getattr(content, "_metadata", {}).get(CARD) or {})
 
 
@@ -101,8 +115,7 @@ def check_target(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+    require_folder(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -112,15 +125,6 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if path.suffix == SAFETENSORS:
-        load_file = _safetensors().load_file
-        return _reading(path, lambda: load_file(path))
-    return _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _reading(path: Path, load: Callable[[], Any]) -> Any:

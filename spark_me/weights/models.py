@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
@@ -73,19 +73,37 @@ def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, i
         WeightsError: if the file's tensors do not fit.
     """
     if name not in list_models():
-        close = difflib.get_close_matches(name, list_models(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(list_models())}"
-        raise UserError(f"unknown model {name!r}: {hint}")
+        raise UserError(f"unknown model {name!r}: {nearest(name, list_models())}")
     row = PUBLISHED.get(name, Published(name, None, ""))
     if pretrained is True and not row.url:
         trained = ", ".join(key for key, other in PUBLISHED.items() if other.encoder == name)
         raise UserError(
             f"{name}: no weights were published by this name: give a path or URL, or choose {trained or 'another'}"
         )
-    network = _network_type(row.encoder)(row.encoder, row.num_classes, in_channels)
+    network = build_network(row.encoder, row.num_classes, in_channels)
     if pretrained is not False:
         load_weights(network, row.url if pretrained is True else pretrained)
     return network
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """What to do about an unknown name."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+
+
+def build_network(encoder: str, num_classes: int | None = None, in_channels: int = 3) -> "DenseNetwork":
+    """A dense network with random weights.
+
+    Args:
+        encoder: one of `list_models()` that is no name of published weights.
+        num_classes: of its classifier; None for none.
+        in_channels: channels of the images.
+
+    Raises:
+        UserError: if timm is missing where it is needed.
+    """
+    return _network_type(encoder)(encoder, num_classes, in_channels)
 
 
 def _network_type(encoder: str) -> Callable[[str, int | None, int], "DenseNetwork"]:
