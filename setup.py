@@ -19,6 +19,10 @@ TRAIN = [
 ENGINE = ["pypi-simple>=1.5", "requests>=2.28", "ninja>=1.11", "setuptools>=61", "wheel>=0.40"]
 # scikit-image's wheel ships the photos of the demo.
 DEMO = ["scikit-image>=0.22"]
+# Using a trained model; probing and exporting it.
+INFERENCE = ["torchvision>=0.19", "Pillow>=10", "tqdm>=4.64", "PyYAML>=6"]
+PROBE = INFERENCE + ["scikit-learn>=1.3"]
+EXPORT = INFERENCE + ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 # Kinds of images: TIFFs of many bands, 16 bits or floats in any compression; tar shards; Hugging Face's data sets.
 MULTIBAND = ["tifffile>=2024.1.30", "imagecodecs>=2024.1.1"]
 WEBDATASET = ["webdataset>=0.2.100"]
@@ -41,11 +45,14 @@ setup(
         "train": TRAIN,
         "engine": ENGINE,
         "demo": TRAIN + DEMO,
+        "inference": INFERENCE,
+        "probe": PROBE,
+        "export": EXPORT,
         "multiband": MULTIBAND,
         "webdataset": WEBDATASET,
         "huggingface": HUGGINGFACE,
         "dev": DEV,
-        "all": TRAIN + ENGINE + DEMO + MULTIBAND + WEBDATASET + HUGGINGFACE,
+        "all": TRAIN + ENGINE + DEMO + PROBE + EXPORT + MULTIBAND + WEBDATASET + HUGGINGFACE,
     },
     entry_points={"console_scripts": ["spark-me = spark_me.cli:main"]},
 )

@@ -11,6 +11,8 @@ from spark_me.errors import EngineError, UserError
 
 if TYPE_CHECKING:
     from spark_me.encoders.base import SparseEncoder
+    from spark_me.inference.classifier import load_classifier
+    from spark_me.inference.predict import inference_model
     from spark_me.spark import SparK
     from spark_me.weights.convert import convert
     from spark_me.weights.models import get_model, list_models
@@ -25,8 +27,10 @@ __all__ = [
     "convert",
     "export_weights",
     "get_model",
+    "inference_model",
     "list_encoders",
     "list_models",
+    "load_classifier",
     "load_weights",
     "register_encoder",
 ]
@@ -37,7 +41,9 @@ _LAZY = {
     "convert": "spark_me.weights.convert",
     "export_weights": "spark_me.weights.transfer",
     "get_model": "spark_me.weights.models",
+    "inference_model": "spark_me.inference.predict",
     "list_models": "spark_me.weights.models",
+    "load_classifier": "spark_me.inference.classifier",
     "load_weights": "spark_me.weights.transfer",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spark_me.cli_data import add_data
 from spark_me.cli_finetune import add_finetune
+from spark_me.cli_inference import add_inference
 from spark_me.errors import UserError
 
 
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     add_finetune(commands)
     _add_reconstruct(commands)
     _add_convert(commands)
+    add_inference(commands)
     _add_bench(commands)
     add_data(commands)
     _add_engine(commands)

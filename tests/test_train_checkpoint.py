@@ -27,7 +27,7 @@ from spark_me.train.checkpoint import (
 )
 from spark_me.train.optim import build_optimizer
 
-CONFIG = Config(data=DataConfig(root="images"))
+CONFIG = Config(data=DataConfig(root="images", mean=[0.5] * 3, std=[0.25] * 3))
 
 
 def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:

@@ -118,7 +118,7 @@ def _find_rows(data: DataConfig) -> Files:
 
 
 def _list_images(kind: str, root: Path, key: str) -> list[Path]:
-    finders = {"images": _walk, "imagefolder": _class_folders, "list": _read_list}
+    finders = {"images": walk, "imagefolder": _class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
     if not (root.is_file() if kind == "list" else root.is_dir()):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
@@ -128,7 +128,8 @@ def _list_images(kind: str, root: Path, key: str) -> list[Path]:
     return files
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def walk(root: Path) -> Iterator[Path]:
+    """The image files in a folder, at any depth, in no order."""
     for folder, _, names in os.walk(root, followlinks=True):
         yield from (Path(folder, name) for name in names if name.lower().endswith(EXTENSIONS))
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from spark_me.weights.canonical import from_canonical, to_canonical
+from spark_me.weights.canonical import Weights, from_canonical, to_canonical
 from spark_me.weights.download import is_url, local_file
 from spark_me.weights.files import check_target, read_state, sha256_of, write_state
 
@@ -42,7 +42,16 @@ def convert(
     target = Path(destination)
     check_target(target)
     path = local_file(source)
-    weights = to_canonical(read_state(path), str(source), encoder)
+    return write_weights(to_canonical(read_state(path), str(source), encoder), source, target, to)
+
+
+def write_weights(weights: Weights, source: str | os.PathLike[str], target: Path, to: str) -> Conversion:
+    """Write weights that were read from `source`, as `convert` does.
+
+    Raises:
+        UserError: if `to` cannot hold their encoder, or the target cannot be written.
+    """
+    path = local_file(source)
     state, layout, left_out = from_canonical(weights, to)
     card = {
         "source": source if isinstance(source, str) and is_url(source) else path.name,

@@ -1,0 +1,1 @@
+"""After pretraining: predictions, features, probes, exports. Needs neither MinkowskiEngine nor the trainer."""

@@ -1,0 +1,126 @@
+"""`spark-me export`: a model for use elsewhere, checked against the network before it is written."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spark_me.config_data import statistics_of
+from spark_me.errors import UserError
+from spark_me.files import atomic_write, require_folder
+from spark_me.inference.classifier import IMAGENET_CLASSES, imagenet_classes
+from spark_me.inference.export_formats import Exported, export_program, to_onnx, trace
+from spark_me.inference.model_file import ModelFile, read_model
+from spark_me.weights.architectures import PATCH_SIZE
+from spark_me.weights.convert import write_weights
+from spark_me.weights.files import check_target
+
+LAYOUTS = ("torchvision", "timm")
+PROGRAMS: Mapping[str, tuple[Callable[..., Exported], tuple[str, ...]]] = {
+    "onnx": (to_onnx, (".onnx",)),
+    "torchscript": (trace, (".pt", ".ts")),
+    "torch-export": (export_program, (".pt2",)),
+}
+"""By name: what exports, and the suffixes of its files."""
+TOLERANCE = 1e-4
+"""Largest absolute difference to the network that an exported program may have."""
+BATCHES = (1, 3)
+"""That a program is checked on; it is exported with another."""
+
+
+class ExportError(UserError):
+    """An exported program does not compute what the network computes."""
+
+    exit_code = 1
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: Path,
+    to: str,
+    *,
+    image_size: tuple[int, int] | None = None,
+    raw: bool = False,
+) -> None:
+    """Export a classifier (images → logits), or an encoder alone (images → the deepest features, averaged).
+
+    Programs take float32 batches of any size of normalised images, and carry as text what a user needs: class names,
+    mean and deviation, image size, encoder. They are run on random images before they are written.
+
+    Args:
+        source: what `load_encoder` takes.
+        out: file to write.
+        to: onnx, torchscript or torch-export for a program; torchvision or timm for a state dict.
+        image_size: (H, W) of a program's images; those of the test images when None.
+        raw: of a fine-tuning checkpoint, the weights themselves and not their moving average (EMA).
+
+    Raises:
+        UserError: if the source cannot be read, `to` cannot hold it or needs a package that is missing, or the file
+            cannot be written.
+        ExportError: if a program's output differs from the network's by more than 1e-4.
+    """
+    if to in LAYOUTS:
+        if image_size is not None:
+            raise UserError(f"--image-size is for programs ({', '.join(PROGRAMS)}): a state dict takes any size")
+        check_target(out)
+        file = read_model(source, raw=raw)
+        done = write_weights(file.weights, file.source, out, to)
+        print(f"{out}: {done.encoder} in {done.layout} layout")
+        for note in done.notes:
+            print(f"note: {note}")
+        return
+    _check_program(out, to)
+    file = read_model(source, raw=raw)
+    height, width = image_size or file.view.size
+    if min(height, width) < PATCH_SIZE:
+        raise UserError(f"--image-size {height} {width}: must be at least {PATCH_SIZE}, the total stride")
+    network = file.network(classifier=file.num_classes is not None)
+    make, _ = PROGRAMS[to]
+    output = "features" if file.num_classes is None else "logits"
+    exported = make(network, torch.randn(2, file.in_channels, height, width), output, metadata(file, (height, width)))
+    difference = _compare(network, exported.run, (file.in_channels, height, width))
+    with atomic_write(out) as opened:
+        opened.write(exported.content)
+    print(
+        f"{out}: {file.weights.encoder} as {to}, images [B, {file.in_channels}, {height}, {width}] → {output}; "
+        f"largest difference to the network {difference:.1e}"
+    )
+
+
+def metadata(file: ModelFile, image_size: tuple[int, int]) -> dict[str, str]:
+    """What a user of a program needs to know, each entry as JSON but for the encoder's name."""
+    mean, std = statistics_of(file.view.data, file.in_channels)
+    classes = imagenet_classes() if file.classes is None and file.num_classes == IMAGENET_CLASSES else file.classes
+    entries = {"encoder": file.weights.encoder, "mean": json.dumps(mean), "std": json.dumps(std)}
+    entries["image_size"] = json.dumps(image_size)
+    return entries | ({} if classes is None else {"classes": json.dumps(classes, ensure_ascii=False)})
+
+
+def _check_program(out: Path, to: str) -> None:
+    if to not in PROGRAMS:
+        raise UserError(f"--to {to}: choose one of {', '.join((*PROGRAMS, *LAYOUTS))}")
+    suffixes = PROGRAMS[to][1]
+    if out.suffix not in suffixes:
+        raise UserError(f"{out}: {to} files end in {' or '.join(suffixes)}")
+    require_folder(out)
+
+
+@torch.no_grad()
+def _compare(network: nn.Module, run: Callable[[Tensor], Tensor], shape: tuple[int, int, int]) -> float:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(size, *shape, generator=generator) for size in BATCHES]
+    # torch's maximum keeps a NaN, Python's may lose it.
+    difference = torch.stack([_difference(run(images), network(images)) for images in batches]).max().item()
+    if not difference <= TOLERANCE:
+        raise ExportError(
+            f"the exported program differs from the network by {difference:.1e}, more than {TOLERANCE:.0e}: "
+            "nothing was written; try another format"
+        )
+    return difference
+
+
+def _difference(actual: Tensor, expected: Tensor) -> Tensor:
+    return (actual - expected).abs().max() if actual.shape == expected.shape else torch.tensor(torch.inf)

@@ -1,0 +1,161 @@
+"""What a file says of a model: its tensors and, where it is a checkpoint of ours, class names and test images."""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from spark_me.config_data import INTERPOLATIONS, STATISTICS, DataConfig
+from spark_me.data.transforms import CentreCrop
+from spark_me.encoders.registry import CONVNEXTS, RESNETS
+from spark_me.errors import UserError
+from spark_me.inference.view import View, crop_view, recipe_view
+from spark_me.weights.architectures import FAMILY_OF
+from spark_me.weights.canonical import Weights, from_canonical, part_of, to_canonical
+from spark_me.weights.download import is_url, local_file
+from spark_me.weights.files import bare_state, read_content
+from spark_me.weights.models import PUBLISHED, build_network, list_models
+
+OURS = "spark_me."
+"""How the format of the trainer's checkpoints begins. Of each version, what is needed is checked by itself."""
+
+
+class ModelFile(NamedTuple):
+    """A model on the disk."""
+
+    where: str
+    """For messages."""
+    source: str
+    """Path or URL."""
+    weights: Weights
+    classes: list[str] | None
+    """Names of a fine-tuned classifier's classes; None in any other file."""
+    view: View
+    """How its test images are made."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of its images."""
+        return self.weights.tensors[FAMILY_OF[self.weights.encoder].image_weight].shape[1]
+
+    @property
+    def num_classes(self) -> int | None:
+        """Of its classifier; None where it has none."""
+        classifier = self.weights.tensors.get("fc.weight")
+        return None if classifier is None else classifier.shape[0]
+
+    def network(self, *, classifier: bool) -> nn.Module:
+        """The dense network in evaluation mode, on the CPU, with its classifier or without.
+
+        Raises:
+            UserError: if timm is missing where it is needed.
+        """
+        encoder = self.weights.encoder
+        parts = ("encoder", "norm", "fc") if classifier else ("encoder",)
+        tensors = {name: tensor for name, tensor in self.weights.tensors.items() if part_of(name) in parts}
+        version_2 = encoder in CONVNEXTS and CONVNEXTS[encoder][0] == 2
+        network = build_network(encoder, self.num_classes if classifier else None, self.in_channels)
+        state, _, _ = from_canonical(replace(self.weights, tensors=tensors), "timm" if version_2 else "torchvision")
+        network.load_state_dict(state, strict=True)
+        return network.eval()
+
+
+def read_model(source: str | os.PathLike[str], *, raw: bool = False) -> ModelFile:
+    """Read weights of any known layout.
+
+    Args:
+        source: a name of published weights (downloaded once), or path or URL of a file: any known layout, or a
+            checkpoint of pretraining or fine-tuning.
+        raw: of a fine-tuning checkpoint, the weights themselves and not their moving average (EMA).
+
+    Raises:
+        UserError: for an unknown name, a file that cannot be read, or one that contradicts itself.
+        WeightsError: if its tensors are not those of a model.
+    """
+    where = str(source)
+    address = _address(source)
+    content = read_content(local_file(address))
+    ours = isinstance(content, Mapping) and str(content.get("format", "")).startswith(OURS)
+    weights = to_canonical(_state(content, ours and not raw, where), where)
+    channels = weights.tensors[FAMILY_OF[weights.encoder].image_weight].shape[1]
+    if not ours:
+        return ModelFile(where, address, weights, None, _recipe_view(weights.encoder, channels, where))
+    view = _configured_view(_parse(content.get("config"), where), channels, where)
+    return ModelFile(where, address, weights, _class_names(content, weights, where), view)
+
+
+def _address(source: str | os.PathLike[str]) -> str:
+    name = str(source)
+    if name in PUBLISHED:
+        return PUBLISHED[name].url
+    if is_url(name) or Path(name).exists() or Path(name).suffix or os.sep in name:
+        return name  # reading says what is wrong with it
+    if name in list_models():
+        raise UserError(
+            f"{name}: no weights were published by this name: give a file, or one of {', '.join(PUBLISHED)}"
+        )
+    close = difflib.get_close_matches(name, PUBLISHED, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"give a file or one of {', '.join(PUBLISHED)}"
+    raise UserError(f"{name}: neither a file nor the name of published weights: {hint}")
+
+
+def _state(content: Any, averaged: bool, where: str) -> dict[str, Tensor]:
+    if averaged and content.get("ema") is not None:
+        content = content["ema"]
+    state = bare_state(content, where)
+    state.pop("n_averaged", None)  # a counter of torch's own averaging
+    return state
+
+
+def _class_names(content: Mapping[str, Any], weights: Weights, where: str) -> list[str] | None:
+    classes, classifier = content.get("classes"), weights.tensors.get("fc.weight")
+    if classes is None or classifier is None:
+        return None
+    if len(classes) != len(classifier):
+        raise UserError(f"{where}: names {len(classes)} classes, its classifier has {len(classifier)}: fine-tune again")
+    return [str(name) for name in classes]
+
+
+def _recipe_view(encoder: str, channels: int, where: str) -> View:
+    try:
+        return recipe_view(channels, resnet=encoder in RESNETS)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _parse(config: Any, where: str) -> Mapping[str, Any]:
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise UserError(f"{where}: its configuration needs PyYAML: run `pip install PyYAML`") from None
+    try:
+        parsed = yaml.safe_load(config)
+    except (yaml.YAMLError, AttributeError):
+        parsed = None
+    if not isinstance(parsed, Mapping) or not all(isinstance(parsed.get(key), Mapping) for key in ("model", "data")):
+        raise UserError(f"{where}: holds no configuration that can be read: use an earlier checkpoint")
+    return parsed
+
+
+def _configured_view(config: Mapping[str, Any], channels: int, where: str) -> View:
+    """Of fine-tuning: its test crop. Of pretraining: what the loss on held-out images was measured on."""
+    model, data = config["model"], config["data"]
+    options = {key: data[key] for key in ("interpolation", "mean", "std", "nodata") if data.get(key) is not None}
+    settings = DataConfig(**options)
+    if settings.interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"{where}: data.interpolation={settings.interpolation} is not known: use the spark_me it is from"
+        )
+    statistics = [values or STATISTICS.get(channels, ((), ()))[0] for values in (settings.mean, settings.std)]
+    if any(len(values) != channels for values in statistics):
+        raise UserError(f"{where}: data.mean and data.std are not of its {channels} channels: use another checkpoint")
+    resize, crop, size = data.get("test_resize"), data.get("test_crop"), model.get("image_size")
+    if isinstance(resize, int) and isinstance(crop, int):
+        return crop_view(settings, channels, resize, crop)
+    if isinstance(size, list) and len(size) == 2:
+        return View(channels, settings, (size[0], size[1]), CentreCrop(size, settings.interpolation))
+    raise UserError(f"{where}: says neither data.test_crop nor model.image_size: use the spark_me it is from")

@@ -1,0 +1,89 @@
+"""`spark-me predict`: many images, a table, JSON, a picture."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spark_me.errors import UserError
+from spark_me.files import require_folder, write_text
+from spark_me.inference.batches import find_images, over_images, pick_device, report
+from spark_me.inference.classifier import Classifier, load_classifier
+from spark_me.inference.contact_sheet import draw_sheet
+from spark_me.inference.predict import as_prediction, check_top_k
+
+
+def predict_files(
+    model: str,
+    images: Sequence[Path],
+    *,
+    top_k: int | None = None,
+    json_file: Path | None = None,
+    picture: Path | None = None,
+    raw: bool = False,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int | None = None,
+) -> int:
+    """Classify image files, print a table, and name the unreadable ones at the end.
+
+    Args:
+        model: what `load_classifier` takes.
+        images: files, and folders of them at any depth.
+        top_k: how many classes to list for each image; the likeliest alone when None.
+        json_file: gets one list with, for each readable image, what `inference_model` returns and `image`, its path.
+        picture: PNG that gets the first images with their classes.
+        raw: see `load_classifier`.
+        device: auto, cpu, cuda, …
+        batch_size: images at once.
+        workers: processes that read images; one a CPU but 4 at most when None.
+
+    Returns:
+        The exit code: 1 if any image is unreadable, else 0.
+
+    Raises:
+        UserError: if the model is no classifier, no image is readable, or a file cannot be written.
+    """
+    check_top_k(top_k)
+    for target in (json_file, picture):
+        if target is not None:
+            require_folder(target)
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UserError(f"{picture}: pictures are written as PNG: end the name in .png")
+    paths = find_images(images)
+    classifier = load_classifier(model, raw=raw)
+    classifier.network.to(pick_device(device))
+    results = over_images(
+        paths, classifier.view, classifier.scores, batch_size=batch_size, workers=workers, what="predicting"
+    )
+    readable = [paths[place] for place in results.places]
+    predictions = [as_prediction(scores, classifier.classes, top_k) for scores in results.rows]
+    _write(classifier, readable, predictions, json_file, picture)
+    print(table(readable, predictions))
+    return report(results.unreadable)
+
+
+def table(paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> str:
+    """A line for each image and class, in columns."""
+    rows = [("image", "score", "label", "class")]
+    for path, prediction in zip(paths, predictions):
+        for rank, row in enumerate(prediction.get("top_k", [prediction])):
+            score, label = f"{row['pred_score']:.4f}", str(row["pred_label"])
+            rows.append((str(path) if rank == 0 else "", score, label, row["pred_class"]))
+    width, label_width = (max(len(row[column]) for row in rows) for column in (0, 2))
+    return "\n".join(f"{name:{width}}  {score:>6}  {label:>{label_width}}  {text}" for name, score, label, text in rows)
+
+
+def _write(
+    classifier: Classifier,
+    paths: Sequence[Path],
+    predictions: Sequence[dict[str, Any]],
+    json_file: Path | None,
+    picture: Path | None,
+) -> None:
+    if json_file is not None:
+        entries = [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions)]
+        write_text(json_file, json.dumps(entries, indent=2) + "\n")
+    if picture is not None:
+        captions = [f"{prediction['pred_class']} {prediction['pred_score']:.2f}" for prediction in predictions]
+        draw_sheet(paths, captions, classifier.view, picture)
