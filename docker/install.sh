@@ -3,7 +3,8 @@
 #
 #     docker/install.sh [VENV]        VENV is .venv beside the README unless given
 #
-# PYTHON names the interpreter; ENGINE=cpu or ENGINE=cuda forces what the engine is built for.
+# PYTHON names the interpreter; ENGINE=cpu or ENGINE=cuda forces what the engine is built for; EXTRAS names the optional
+# groups of setup.py, all,dev unless given. uv's own settings hold: UV_TORCH_BACKEND=cpu takes a torch without CUDA.
 #
 # `make setup` and the Dockerfiles call this one script. It can be repeated: what is in place is left alone, in seconds,
 # and a set-up that was cut short is begun again.
@@ -17,11 +18,12 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 venv=${1:-$root/.venv}
 case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 python=${PYTHON:-python3}
+extras=${EXTRAS:-all,dev}
 stamp=$venv/.spark-me-setup
 unfinished=$venv/.spark-me-unfinished
 # What the packages depend on. The place counts too: an environment does not work where it was not made.
 wanted="$venv
-$root $(cat "$root/setup.py" "$root/docker/install.sh" | cksum)"
+$root [$extras] $(cat "$root/setup.py" "$root/docker/install.sh" | cksum)"
 
 fail() {
     echo "spark_me setup: $*" >&2
@@ -57,7 +59,7 @@ is_sound() {
         "$venv/bin/python" -c '
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("torch", "torchvision", "pypi_simple", "pytest"))))' 2>/dev/null
+sys.exit(not all(map(find_spec, ("torch", "torchvision", "pypi_simple"))))' 2>/dev/null
 }
 
 make_environment() {
@@ -78,11 +80,13 @@ install_packages() {
     touch "$unfinished"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$UV"
     # shellcheck disable=SC2086  # two requirements
-    "$venv/bin/uv" pip install --python "$venv/bin/python" $TORCH --editable "$root[all,dev]"
+    "$venv/bin/uv" pip install --python "$venv/bin/python" $TORCH --editable "$root[$extras]"
     rm "$unfinished"
     echo "$wanted" >"$stamp"
 }
 
+# Docker can clear an argument, but not unset it; uv takes an empty one for a wrong one.
+[ -n "${UV_TORCH_BACKEND:-}" ] || unset UV_TORCH_BACKEND
 check_system
 if [ -e "$stamp" ] || [ -e "$unfinished" ]; then
     is_sound || make_environment

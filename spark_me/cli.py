@@ -8,6 +8,7 @@ from pathlib import Path
 from spark_me.cli_data import add_data
 from spark_me.cli_finetune import add_finetune
 from spark_me.cli_inference import add_inference
+from spark_me.cli_schedule import add_schedule
 from spark_me.errors import UserError
 
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add_inference(commands)
     _add_bench(commands)
     add_data(commands)
+    add_schedule(commands)
     _add_engine(commands)
     _add_doctor(commands)
     return parser

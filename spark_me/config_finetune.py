@@ -74,7 +74,7 @@ class FinetuneOptimConfig(OptimConfig):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.05
     weight_decay_end: float = 0.05
-    warmup_epochs: float = 5
+    warmup_epochs: float | None = 5
     warmup_start_factor: float = 1e-4
     clip_norm: float | None = None
     layer_decay: float = 1.0
@@ -85,7 +85,7 @@ class FinetuneOptimConfig(OptimConfig):
 class FinetuneTrainConfig(TrainConfig):
     """How long, in what portions, and what for."""
 
-    epochs: int = 300
+    epochs: int | None = 300
     batch_size: int = 1024
     loss: str = "ce"
     """ce: cross-entropy of soft-max. bce: binary cross-entropy of every class's sigmoid, summed over classes."""

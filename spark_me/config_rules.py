@@ -20,11 +20,12 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 def rules(config: Config) -> Iterator[Rule]:
-    """Every range check of a pretraining run, in the order of the keys."""
+    """Every range check of a pretraining run, by and large in the order of the keys."""
     yield from _model_rules(config.model)
     yield from data_rules(config.data, config.model.in_channels)
-    yield from _optim_rules(config.optim, config.train.epochs)
+    yield from _optim_rules(config.optim)
     yield from _train_rules(config.train)
+    yield from _warmup_rules(config.optim, config.train)
     yield from _run_rules(config.run)
 
 
@@ -34,10 +35,11 @@ def finetune_rules(config: FinetuneConfig) -> Iterator[Rule]:
     yield "weights", bool(config.weights), start
     yield from _finetune_model_rules(config.model)
     yield from _finetune_data_rules(config.data, config.model.in_channels)
-    yield from _optim_rules(config.optim, config.train.epochs)
+    yield from _optim_rules(config.optim)
     yield "optim.layer_decay", 0 < config.optim.layer_decay <= 1, "must lie in (0, 1]; 1 for none"
     yield from _train_rules(config.train)
     yield from _finetune_train_rules(config.train)
+    yield from _warmup_rules(config.optim, config.train)
     yield from _run_rules(config.run)
 
 
@@ -54,26 +56,42 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     width = model.decoder_width
     yield "model.decoder_width", width > 0 and width % patch == 0, f"must be a positive multiple of {patch}"
     yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
+    yield "model.init_from", model.init_from != "", "must be null, a published name, a path or a URL"
 
 
-def _optim_rules(optim: OptimConfig, epochs: int) -> Iterator[Rule]:
+def _optim_rules(optim: OptimConfig) -> Iterator[Rule]:
     yield "optim.name", optim.name in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}"
     yield "optim.base_lr", optim.base_lr > 0, "must be positive"
     yield "optim.betas", len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas), "must be two in [0, 1)"
     yield "optim.weight_decay", optim.weight_decay >= 0, "must not be negative"
     yield "optim.weight_decay_end", optim.weight_decay_end >= 0, "must not be negative"
-    warmup_fits = 0 <= optim.warmup_epochs <= epochs or epochs < 1  # a wrong train.epochs is named by its own rule
-    yield "optim.warmup_epochs", warmup_fits, f"must lie between 0 and train.epochs={epochs}"
     yield "optim.warmup_start_factor", 0 <= optim.warmup_start_factor <= 1, "must be a share of the peak in [0, 1]"
     yield "optim.end_factor", 0 <= optim.end_factor <= 1, "must be a share of the peak in [0, 1]"
     yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "must be null or positive"
 
 
 def _train_rules(train: TrainConfig) -> Iterator[Rule]:
-    yield "train.epochs", train.epochs >= 1, "must be at least 1"
+    epochs, steps = train.epochs, train.steps
+    yield "train.epochs", epochs is not None or steps is not None, "must be given, or train.steps"
+    yield "train.steps", epochs is None or steps is None, "must be null, or add train.epochs=null"
+    yield "train.epochs", epochs is None or epochs >= 1, "must be at least 1"
+    yield "train.steps", steps is None or steps >= 1, "must be at least 1"
     yield "train.batch_size", train.batch_size >= 1, "must be at least 1"
     yield "train.accumulate", train.accumulate >= 1, "must be at least 1"
     yield "train.precision", train.precision in PRECISIONS, f"must be one of {', '.join(PRECISIONS)}"
+
+
+def _warmup_rules(optim: OptimConfig, train: TrainConfig) -> Iterator[Rule]:
+    epochs, share = optim.warmup_epochs, optim.warmup_share
+    yield "optim.warmup_share", epochs is None or share is None, "must be null, or add optim.warmup_epochs=null"
+    yield "optim.warmup_epochs", epochs is not None or share is not None, "must be given, or optim.warmup_share"
+    in_steps = epochs is not None and train.steps is not None
+    instead = "must be null with train.steps: give optim.warmup_share, for example 0.05"
+    yield "optim.warmup_epochs", not in_steps, instead
+    # A wrong train.epochs is named by its own rule.
+    fits = epochs is None or train.epochs is None or train.epochs < 1 or 0 <= epochs <= train.epochs
+    yield "optim.warmup_epochs", fits, f"must lie between 0 and train.epochs={train.epochs}"
+    yield "optim.warmup_share", share is None or 0 <= share <= 1, "must be a share of the run in [0, 1]"
 
 
 def _run_rules(run: RunConfig) -> Iterator[Rule]:

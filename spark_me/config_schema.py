@@ -23,6 +23,9 @@ class ModelConfig:
     """Channels at the decoder's entry."""
     drop_path: float | None = None
     """Largest stochastic-depth rate; null takes the encoder's default."""
+    init_from: str | None = None
+    """Weights to start from: a published name, a path or URL of any known layout, whole model or encoder alone. null:
+    random. Not read again by a run that goes on from its own checkpoint."""
 
 
 @dataclass
@@ -39,8 +42,10 @@ class OptimConfig:
     """Weight decay of the first step; none on norms, biases, other vectors and mask tokens."""
     weight_decay_end: float = 0.2
     """Weight decay that the cosine reaches at the last step."""
-    warmup_epochs: float = 40
-    """Epochs of linear warm-up, counted in steps."""
+    warmup_epochs: float | None = 40
+    """Epochs of linear warm-up, counted in steps; null with train.steps."""
+    warmup_share: float | None = None
+    """Linear warm-up as a share of the run, in place of warmup_epochs."""
     warmup_start_factor: float = 0.005
     """Where the warm-up starts, as a share of the peak."""
     end_factor: float = 0.001
@@ -53,8 +58,10 @@ class OptimConfig:
 class TrainConfig:
     """How long and in what portions, for any task."""
 
-    epochs: int = 1600
-    """Passes over the images."""
+    epochs: int | None = 1600
+    """Passes over the images; null with steps."""
+    steps: int | None = None
+    """Length of the run in steps, in place of epochs."""
     batch_size: int = 4096
     """Images in a step, over all processes together and all their micro-batches."""
     accumulate: int = 1

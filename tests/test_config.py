@@ -120,6 +120,7 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "model.decoder_width=20",
         "model.in_channels=0",
         "model.drop_path=1.0",
+        "model.init_from=''",
         "data.kind=zip",
         "data.held_out=-1",
         "data.repeats=0",
@@ -139,8 +140,12 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "optim.betas=[0.9,1.0]",
         "optim.weight_decay=-1",
         "optim.warmup_epochs=5000",
+        "optim.warmup_epochs=null",
+        "optim.warmup_share=0.1",
         "optim.clip_norm=0",
         "train.epochs=-3",
+        "train.epochs=null",
+        "train.steps=10",
         "train.batch_size=0",
         "train.precision=fp8",
         "train.accumulate=0",
@@ -185,6 +190,22 @@ def test_image_size_error_proposes_one_that_fits(write: Write) -> None:
 )
 def test_data_keys_that_exclude_each_other(write: Write, overrides: list[str], key: str) -> None:
     assert message_of(write("c.yaml", ""), *overrides).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.steps=10"], "train.steps=10 (on the command line): must be null, or add train.epochs=null"),
+        (["train.steps=0", "train.epochs=null", "optim.warmup_epochs=null", "optim.warmup_share=0"], "train.steps=0"),
+        (
+            ["train.steps=10", "train.epochs=null"],
+            "optim.warmup_epochs=40.0 (by default): must be null with train.steps",
+        ),
+        (["optim.warmup_share=1.5", "optim.warmup_epochs=null"], "optim.warmup_share=1.5"),
+    ],
+)
+def test_length_and_warm_up_are_in_epochs_or_not(write: Write, overrides: list[str], message: str) -> None:
+    assert message_of(write("c.yaml", "data: {root: a}"), *overrides).startswith(message)
 
 
 def test_syntax_error_names_file_and_line(write: Write) -> None:

@@ -59,7 +59,7 @@ def test_missing_and_damaged_shards(pattern: str, tmp_path: Path) -> None:
     second = tmp_path / "01.tar"
     second.write_bytes(second.read_bytes()[:6000])
     with pytest.raises(UserError, match="cannot be read beyond its first . images"):
-        list(ShardSampler(Shards(shards_of_any(pattern), 24), 4, 1, repeats=1, buffer=1, seed=0))
+        list(ShardSampler(Shards(shards_of_any(pattern), 24), 4, 6, repeats=1, buffer=1, seed=0))
     second.write_bytes(b"no tar")
     with pytest.raises(UserError, match="01.tar: is no whole, uncompressed tar archive"):
         find_files(DataConfig(kind="webdataset", root=pattern))

@@ -32,9 +32,9 @@ def shards_of(pattern: str) -> Shards:
     return shards
 
 
-def sampler(pattern: str, batch_size: int = 4, epochs: int = 2, **arguments) -> ShardSampler:
+def sampler(pattern: str, batch_size: int = 4, steps: int = 12, **arguments) -> ShardSampler:
     arguments = {"repeats": 1, "buffer": 8, "seed": 3, **arguments}
-    return ShardSampler(shards_of(pattern), batch_size, epochs, **arguments)
+    return ShardSampler(shards_of(pattern), batch_size, steps, **arguments)
 
 
 def numbers(batches: list) -> list[int]:
@@ -56,7 +56,7 @@ def test_epochs_are_different_permutations(pattern: str) -> None:
 
 def test_an_images_index_is_its_own_in_every_epoch(pattern: str) -> None:
     index_of: dict[str, set[int]] = {}
-    for batch in sampler(pattern, epochs=3):
+    for batch in sampler(pattern, steps=18):
         for _, index, image in batch:
             index_of.setdefault(image.name, set()).add(index)
     assert all(len(indices) == 1 for indices in index_of.values())
@@ -64,7 +64,7 @@ def test_an_images_index_is_its_own_in_every_epoch(pattern: str) -> None:
 
 
 def test_buffer_of_one_keeps_the_order_of_a_shard(pattern: str) -> None:
-    order = numbers(list(sampler(pattern, buffer=1, epochs=1)))
+    order = numbers(list(sampler(pattern, buffer=1, steps=6)))
     starts = np.cumsum([0, *SIZES[:-1]])
     expected = [list(range(start, start + size)) for start, size in zip(starts, SIZES)]
     pieces = sorted(expected, key=lambda piece: order.index(piece[0]))
@@ -82,7 +82,7 @@ def test_resuming_at_any_step_continues_the_same_sequence(pattern: str, world_si
 
 
 def test_processes_read_different_shards(pattern: str) -> None:
-    shares = [list(sampler(pattern, rank=rank, world_size=2, epochs=1)) for rank in range(2)]
+    shares = [list(sampler(pattern, rank=rank, world_size=2, steps=6)) for rank in range(2)]
     assert [len(batch) for share in shares for batch in share] == [2] * 12
     owned = [{Path(image.name).parent for batch in share for _, _, image in batch} for share in shares]
     assert not owned[0] & owned[1]
@@ -94,26 +94,26 @@ def test_processes_read_different_shards(pattern: str) -> None:
 
 def test_short_processes_begin_their_shards_again_under_other_indices(pattern: str) -> None:
     shards = Shards([shards_of(pattern).urls[0]], samples=15)  # it holds 5
-    batches = list(ShardSampler(shards, 5, 1, repeats=1, buffer=8, seed=0))
+    batches = list(ShardSampler(shards, 5, 3, repeats=1, buffer=8, seed=0))
     assert [sorted(numbers([batch])) for batch in batches] == [list(range(5))] * 3
     assert len({key[1] for batch in batches for key in batch}) == 15
 
 
 def test_repeats_are_passes(pattern: str) -> None:
-    batches = list(sampler(pattern, repeats=2, epochs=1))
+    batches = list(sampler(pattern, repeats=2, steps=12))
     assert Counter(numbers(batches)) == Counter(list(range(24)) * 2)
 
 
 def loader_config(pattern: str, workers: int) -> Config:
     config = Config(data=DataConfig(kind="webdataset", root=pattern, workers=workers, shuffle_buffer=8))
     config.model.image_size = [32, 64]
-    config.train.batch_size, config.train.epochs = 4, 2
+    config.train.batch_size = 4
     return config
 
 
 def loaded(pattern: str, workers: int, first_step: int = 0) -> list:
     files = Files(shards_of(pattern), [])
-    options = {"most_unreadable": 0, "rank": 0, "world_size": 1, "pin_memory": False}
+    options = {"steps": 12, "most_unreadable": 0, "rank": 0, "world_size": 1, "pin_memory": False}
     return list(train_loader(files, loader_config(pattern, workers), first_step=first_step, **options))
 
 
@@ -142,7 +142,7 @@ def test_unreadable_image_is_replaced_from_its_batch(pattern: str) -> None:
 def test_shards_without_images_are_no_endless_loop(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", {"a.txt": b"x"})
     with pytest.raises(UserError, match="no images in 1 shards"):
-        list(ShardSampler(Shards([str(tmp_path / "a.tar")], 8), 4, 1, repeats=1, buffer=4, seed=0))
+        list(ShardSampler(Shards([str(tmp_path / "a.tar")], 8), 4, 2, repeats=1, buffer=4, seed=0))
 
 
 def test_reading_ahead_keeps_order_errors_and_stops() -> None:

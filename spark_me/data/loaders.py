@@ -26,21 +26,22 @@ def train_loader(
     config: Config,
     *,
     first_step: int,
+    steps: int,
     most_unreadable: int,
     rank: int,
     world_size: int,
     pin_memory: bool,
 ) -> DataLoader[Any]:
-    """`Batch`es from step `first_step` to the last of the run: this process's share of each, in micro-batches."""
+    """`Batch`es from `first_step` to the last of the run's `steps`: this process's share, in micro-batches."""
     reader = _reader(config, train_transform)
     order = {"seed": config.run.seed, "first_step": first_step, "rank": rank, "world_size": world_size}
     order["accumulate"] = config.train.accumulate
-    size, epochs, data = config.train.batch_size, config.train.epochs, config.data
+    size, data = config.train.batch_size, config.data
     if isinstance(files.train, Shards):
-        stream = ShardSampler(files.train, size, epochs, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
+        stream = ShardSampler(files.train, size, steps, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
         return _loader(StreamDataset(reader), stream, data.workers, pin_memory)
     dataset = TrainDataset(files.train, reader, repeats=data.repeats, most_unreadable=most_unreadable)
-    return _loader(dataset, StepSampler(len(dataset), size, epochs, **order), data.workers, pin_memory)
+    return _loader(dataset, StepSampler(len(dataset), size, steps, **order), data.workers, pin_memory)
 
 
 def labelled_train_loader(
@@ -48,6 +49,7 @@ def labelled_train_loader(
     config: FinetuneConfig,
     *,
     first_step: int,
+    steps: int,
     most_unreadable: int,
     rank: int,
     world_size: int,
@@ -60,7 +62,7 @@ def labelled_train_loader(
     sampler = StepSampler(
         len(dataset),
         train.batch_size,
-        train.epochs,
+        steps,
         seed=config.run.seed,
         first_step=first_step,
         rank=rank,

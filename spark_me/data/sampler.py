@@ -19,7 +19,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self,
         samples: int,
         batch_size: int,
-        epochs: int,
+        steps: int,
         *,
         seed: int,
         first_step: int = 0,
@@ -32,7 +32,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         Args:
             samples: samples in an epoch, at least `batch_size`.
             batch_size: samples in a step over all processes; a multiple of `world_size` · `accumulate`.
-            epochs: length of the run.
+            steps: length of the run.
             seed: the run's seed.
             first_step: where to begin; steps done before.
             rank: this process, which gets its share of each batch.
@@ -43,7 +43,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.samples = samples
         self.batch_size = batch_size
         self.steps_per_epoch = samples // batch_size
-        self.steps = self.steps_per_epoch * epochs
+        self.steps = steps
         self.seed = seed
         self.first_step = first_step
         self.rank = rank

@@ -34,7 +34,7 @@ class ShardSampler(Sampler[list[Key]]):
         self,
         shards: Shards,
         batch_size: int,
-        epochs: int,
+        steps: int,
         *,
         repeats: int,
         buffer: int,
@@ -48,7 +48,7 @@ class ShardSampler(Sampler[list[Key]]):
         Args:
             shards: at least `world_size`.
             batch_size: images in a step over all processes; a multiple of `world_size` · `accumulate`.
-            epochs: length of the run.
+            steps: length of the run.
             repeats: passes over the shards that make one epoch.
             buffer: images that the next one is drawn from.
             seed: the run's seed.
@@ -68,7 +68,7 @@ class ShardSampler(Sampler[list[Key]]):
         self.shards = shards
         self.share = batch_size // world_size
         self.steps_per_epoch = len(shards) * repeats // batch_size
-        self.steps = self.steps_per_epoch * epochs
+        self.steps = steps
         self.buffer = buffer
         self.seed = seed
         self.first_step = first_step

@@ -20,7 +20,7 @@ def load_classifier(config: FinetuneConfig, weights: str, classes: list[str], *,
     Raises:
         UserError: if they are of another encoder or of other classes, or have no classifier.
     """
-    path = locate(weights)
+    path = locate(weights, "--weights ")
     content = read_content(path)
     network: nn.Module = build_network(config.model.encoder, len(classes), config.model.in_channels)
     if isinstance(content, dict) and content.get("format") == f"spark_me.{FINETUNE}":

@@ -3,10 +3,10 @@
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST
 from spark_me.train.finetuning import Finetuning
-from spark_me.train.messages import batch_text, command_text
+from spark_me.train.messages import batch_text, command_text, length_text
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.schedules import Schedule
+from spark_me.train.schedules import Schedule, describe_peak
 
 
 def say_beginning(task: Finetuning, schedule: Schedule, start: str, steps_done: int) -> None:
@@ -21,8 +21,8 @@ def say_beginning(task: Finetuning, schedule: Schedule, start: str, steps_done: 
     )
     print(
         f"{len(images.train.paths)} training images (× {config.data.repeats} crops an epoch), {len(images.val.paths)} "
-        f"to validate on; {config.train.epochs} epochs, {schedule.steps} steps of {batch_text(config, processes)}, "
-        f"{config.optim.name} with peak lr {schedule.peak_lr:.3g}, layer decay {config.optim.layer_decay}"
+        f"to validate on; {length_text(config, schedule)} of {batch_text(config, processes)}, "
+        f"{describe_peak(config)}, layer decay {config.optim.layer_decay}"
     )
     if steps_done == 0:
         print(f"starting from {start} in {config.run.dir}")

@@ -25,6 +25,7 @@ from spark_me.train.finetune_plots import plot_finetuning
 from spark_me.train.layer_decay import LayerDecay
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
+from spark_me.train.schedules import count_steps, count_steps_per_epoch
 from spark_me.train.soft_targets import SoftTargets
 from spark_me.train.task import Inputs, require_even_split
 from spark_me.train.unreadable import note_unreadable
@@ -48,7 +49,7 @@ class Finetuning:
         self.classes = files.classes
         self.files = len(files.train.paths) + len(files.val.paths)
         self.data_fingerprint = fingerprint(files.train.paths)
-        self.steps_per_epoch = _count_steps_per_epoch(files, config)
+        self.steps_per_epoch = count_steps_per_epoch(len(files.train.paths), config)
         require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
         self.model = _build_network(config, len(files.classes), device)
         self.ema = _average_of(self.model, config.train.ema)
@@ -62,6 +63,7 @@ class Finetuning:
             self.images.train,
             self.config,
             first_step=first_step,
+            steps=count_steps(self.config, self.steps_per_epoch),
             most_unreadable=most_unreadable,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
@@ -139,14 +141,3 @@ def _average_of(network: nn.Module, decay: float | None) -> AveragedModel | None
         return None
     # The first update copies the weights; norms' statistics are averaged like them.
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def _count_steps_per_epoch(files: LabelledFiles, config: FinetuneConfig) -> int:
-    images, data = len(files.train.paths), config.data
-    samples, batch_size = images * data.repeats, config.train.batch_size
-    if samples < batch_size:
-        raise UserError(
-            f"train.batch_size={batch_size} is more than the {samples} images of an epoch ({images} images at "
-            f"data.fraction={data.fraction} × data.repeats={data.repeats}): lower it, or raise one of them"
-        )
-    return samples // batch_size

@@ -83,7 +83,7 @@ class LayerDecay:
         if match := _TORCHVISION_CONVNEXT.match(name):
             # Stages have the odd numbers; before each lies its downsampling.
             number = int(match[1])
-            stage, block = (number + 1) // 2, int(match[2]) if number % 2 else 0
+            stage, block = number // 2 + 1, int(match[2]) if number % 2 else 0
         elif match := _TIMM_CONVNEXT.match(name):
             stage, block = int(match[1]) + 1, int(match[2] or 0)
         else:

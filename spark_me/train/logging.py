@@ -24,8 +24,9 @@ class RunLog:
     def __init__(
         self, run: RunDirectory, *, steps: int, steps_per_epoch: int, first_step: int, log_every: int, workers: int
     ) -> None:
+        self.steps = steps
         self.steps_per_epoch = steps_per_epoch
-        self.epochs = steps // steps_per_epoch
+        self.epochs = math.ceil(steps / steps_per_epoch)
         self.log_every = log_every
         self._metrics = MetricsFile(run.metrics, first_step)
         # Events of steps that a resumed run does again are hidden by the purge.
@@ -52,7 +53,7 @@ class RunLog:
         slow = self._wait.add(values["data_wait"])
         if slow is not None:
             self._bar.write(f"spark-me: {slow}")
-        if step % self.log_every == 0 or step % self.steps_per_epoch == 0:
+        if step % self.log_every == 0 or step % self.steps_per_epoch == 0 or step == self.steps:
             self._write(step, {**values, "data_wait": data_wait, "images_per_second": rate})
             self._rate = _Rate()
 

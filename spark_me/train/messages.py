@@ -14,7 +14,7 @@ from spark_me.train import distributed
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.schedules import Schedule
+from spark_me.train.schedules import Schedule, describe_peak
 
 
 def say_beginning(
@@ -37,8 +37,7 @@ def say_beginning(
     )
     print(
         f"{len(files.train)} training images (× {config.data.repeats} crops an epoch), {len(files.held_out)} held out; "
-        f"{config.train.epochs} epochs, {schedule.steps} steps of {batch_text(config, processes)}, "
-        f"{config.optim.name} with peak lr {schedule.peak_lr:.3g}"
+        f"{length_text(config, schedule)} of {batch_text(config, processes)}, {describe_peak(config)}"
     )
     if resumed_from is None:
         print(f"starting in {config.run.dir}")
@@ -66,6 +65,12 @@ def say_end(run: RunDirectory) -> None:
     print(f"try       {command_text('spark-me')} {reconstruct}")
     own = "pretrain configs/pretrain/small.yaml data.root=/path/to/images run.dir=runs/mine"
     print(f"next      {command_text('spark-me')} {own}")
+
+
+def length_text(config: AnyConfig, schedule: Schedule) -> str:
+    """How long a run is."""
+    epochs = "" if config.train.epochs is None else f"{config.train.epochs} epochs, "
+    return f"{epochs}{schedule.steps} steps"
 
 
 def batch_text(config: AnyConfig, processes: int) -> str:

@@ -4,6 +4,7 @@ from spark_me.config import Config
 from spark_me.data.files import find_files
 from spark_me.train import distributed
 from spark_me.train.checkpoint import checkpoint_path
+from spark_me.train.initial_weights import start_from
 from spark_me.train.messages import say_beginning, say_end, say_stopped
 from spark_me.train.precision import pick_device
 from spark_me.train.pretraining import Pretraining
@@ -29,6 +30,8 @@ def pretrain(config: Config) -> None:
         task = Pretraining(config, files, device)
         trainer = Trainer(task, config, run, device)
     resumed_from = trainer.resume()
+    if resumed_from is None and config.model.init_from is not None:
+        start_from(config.model.init_from, task.model, config, run)
     if distributed.is_main():
         say_beginning(config, task.model, files, trainer.schedule, device, resumed_from, trainer.state.step)
     complete = trainer.train()

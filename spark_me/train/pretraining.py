@@ -23,6 +23,7 @@ from spark_me.train.metrics import read_metrics
 from spark_me.train.plots import plot_loss
 from spark_me.train.reconstruct import draw_reconstruction, model_of
 from spark_me.train.run_directory import RunDirectory
+from spark_me.train.schedules import count_steps, count_steps_per_epoch
 from spark_me.train.task import Inputs, require_even_split
 from spark_me.train.unreadable import note_unreadable
 
@@ -47,7 +48,7 @@ class Pretraining:
         self.device = device
         self.files = len(files.train) + len(files.held_out)
         self.data_fingerprint = fingerprint(files.train)
-        self.steps_per_epoch = _count_steps_per_epoch(files, config)
+        self.steps_per_epoch = count_steps_per_epoch(len(files.train), config)
         require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
         self.model = _build_model(config, device)
         self.held_out = held_out_dataset(files, config)
@@ -57,6 +58,7 @@ class Pretraining:
             self.images,
             self.config,
             first_step=first_step,
+            steps=count_steps(self.config, self.steps_per_epoch),
             most_unreadable=most_unreadable,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
@@ -125,14 +127,3 @@ def _build_model(config: Config, device: torch.device) -> SparK:
     if config.train.compile:
         model.decoder.compile(dynamic=False)
     return model
-
-
-def _count_steps_per_epoch(files: Files, config: Config) -> int:
-    samples = len(files.train) * config.data.repeats
-    batch_size = config.train.batch_size
-    if samples < batch_size:
-        raise UserError(
-            f"train.batch_size={batch_size} is more than the {samples} images of an epoch "
-            f"({len(files.train)} files × data.repeats={config.data.repeats}): lower it, or raise data.repeats"
-        )
-    return samples // batch_size

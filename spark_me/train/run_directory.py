@@ -10,7 +10,7 @@ from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
 # images step N sees.
-CHANGEABLE = ("optim.", "train.epochs:", "train.precision:", "train.compile:")
+CHANGEABLE = ("optim.", "train.epochs:", "train.steps:", "train.precision:", "train.compile:")
 
 
 class RunDirectory:
@@ -20,6 +20,7 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
+        self.initial_weights = self.path / "initial_weights.json"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from torch.optim import Optimizer
 
 from spark_me.config_finetune import AnyConfig
+from spark_me.config_schema import OptimConfig
+from spark_me.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,57 @@ class Schedule:
 
 def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
     """The schedule of a run; the peak is base_lr · batch_size / 256."""
-    optim = config.optim
+    optim, steps = config.optim, count_steps(config, steps_per_epoch)
     return Schedule(
-        steps=config.train.epochs * steps_per_epoch,
-        warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
-        peak_lr=optim.base_lr * config.train.batch_size / 256,
+        steps=steps,
+        warmup_steps=_count_warmup_steps(optim, steps, steps_per_epoch),
+        peak_lr=_peak_lr(config),
         warmup_start_factor=optim.warmup_start_factor,
         end_factor=optim.end_factor,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
     )
+
+
+def count_steps(config: AnyConfig, steps_per_epoch: int) -> int:
+    """Length of a run."""
+    train = config.train
+    if train.epochs is not None:
+        return train.epochs * steps_per_epoch
+    assert train.steps is not None  # one of the two is given
+    return train.steps
+
+
+def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
+    """Whole batches in an epoch of so many files.
+
+    Raises:
+        UserError: if there is not even one.
+    """
+    samples, batch_size = images * config.data.repeats, config.train.batch_size
+    if samples < batch_size:
+        raise UserError(
+            f"train.batch_size={batch_size} is more than the {samples} images of an epoch "
+            f"({images} files × data.repeats={config.data.repeats}): lower it, or raise data.repeats"
+        )
+    return samples // batch_size
+
+
+def describe_peak(config: AnyConfig) -> str:
+    """The optimizer and its highest learning rate, with the rule that it comes from."""
+    name, base, size = config.optim.name, config.optim.base_lr, config.train.batch_size
+    return f"{name} with peak lr {_peak_lr(config):.3g} (base_lr {base:g} · {size} / 256)"
+
+
+def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) -> int:
+    if optim.warmup_epochs is not None:
+        return round(optim.warmup_epochs * steps_per_epoch)
+    assert optim.warmup_share is not None  # one of the two is given
+    return round(optim.warmup_share * steps)
+
+
+def _peak_lr(config: AnyConfig) -> float:
+    return config.optim.base_lr * config.train.batch_size / 256
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

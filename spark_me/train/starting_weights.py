@@ -24,17 +24,17 @@ def start_from(network: nn.Module, config: FinetuneConfig) -> str:
         return "random weights"
     with distributed.agreed():
         if distributed.is_main():
-            locate(config.weights)  # one process downloads, the others find the file in the cache
+            locate(config.weights, "weights=")  # one process downloads, the others find the file in the cache
     with distributed.agreed():
         # Whatever classifier the file has is of other classes, so it is loaded into a network that has none.
         encoder = build_network(config.model.encoder, None, config.model.in_channels)
-        loaded = load_weights(encoder, locate(config.weights))
+        loaded = load_weights(encoder, locate(config.weights, "weights="))
         network.load_state_dict(encoder.state_dict(), strict=False)
     return f"the encoder in {config.weights} ({loaded.layout} layout) and a new classifier"
 
 
-def locate(source: str) -> Path:
-    """The file of a published name, a path or URL; downloaded if need be.
+def locate(source: str, key: str) -> Path:
+    """The file of a published name, a path or URL; downloaded if need be. `key` is where it was given, for messages.
 
     Raises:
         UserError: if there is none.
@@ -44,6 +44,6 @@ def locate(source: str) -> Path:
     path = local_file(source)
     if not is_url(source) and not path.is_file():
         raise UserError(
-            f"{source}: neither a file nor a published name: give a path, a URL, or one of {', '.join(PUBLISHED)}"
+            f"{key}{source}: neither a file nor a published name: give a path, a URL, or one of {', '.join(PUBLISHED)}"
         )
     return path

@@ -1,5 +1,6 @@
 """The trainer: brings a task from its newest checkpoint to its last step, alone or with other processes."""
 
+import math
 import resource
 import time
 from collections.abc import Iterator
@@ -145,13 +146,15 @@ class Trainer:
             if self.log is not None:
                 self.log.step(step, values, self.config.train.batch_size)
         every = self.config.run.checkpoint_every_steps
-        if step % self.task.steps_per_epoch == 0:
-            self._end_epoch(step // self.task.steps_per_epoch, values["loss"])
+        # The last epoch of a run whose length is given in steps may be cut short.
+        if step % self.task.steps_per_epoch == 0 or step == self.schedule.steps:
+            self._end_epoch(values["loss"])
         elif every is not None and step % every == 0:
             self._save()
 
-    def _end_epoch(self, epoch: int, loss: float) -> None:
-        run, last = self.config.run, epoch == self.config.train.epochs
+    def _end_epoch(self, loss: float) -> None:
+        run, last = self.config.run, self.state.step == self.schedule.steps
+        epoch = math.ceil(self.state.step / self.task.steps_per_epoch)
         # Measured before the checkpoint, or a kill between the two would leave a gap in the curve.
         evaluate = last or epoch % run.evaluate_every_epochs == 0
         measured = self.task.evaluate(self.unreadable, self.precision.autocast) if evaluate else {}

@@ -1,6 +1,7 @@
 """Strictness: every tensor that is needed is there with its shape, and no other; one line says what is not."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from spark_me.errors import UserError
 from spark_me.weights.architectures import IMAGE_TENSORS
@@ -29,6 +30,10 @@ class WeightsError(UserError):
         self.missing = list(missing)
         self.unexpected = list(unexpected)
         self.mismatched = dict(mismatched)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Processes that train together exchange their errors.
+        return type(self), (str(self), self.missing, self.unexpected, self.mismatched)
 
 
 def check_tensors(

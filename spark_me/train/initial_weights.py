@@ -1,0 +1,41 @@
+"""`model.init_from`: weights that a run starts from, of any known layout, and the record of what they were."""
+
+import json
+
+from torch import nn
+
+from spark_me.config import Config
+from spark_me.files import write_text
+from spark_me.train import distributed
+from spark_me.train.run_directory import RunDirectory
+from spark_me.train.starting_weights import locate
+from spark_me.weights.files import sha256_of
+from spark_me.weights.transfer import load_weights
+
+
+def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory) -> None:
+    """Load weights into a model that has not been trained yet; say and record what was found.
+
+    Every process calls it and reads the file.
+
+    Args:
+        source: name of published weights, path or URL; of a whole model, or of its encoder alone.
+        model: the run's SparK model.
+        config: of the run.
+        run: where initial_weights.json is written.
+
+    Raises:
+        UserError: if they cannot be had, or are of another encoder.
+    """
+    with distributed.agreed():
+        if distributed.is_main():
+            locate(source, "model.init_from=")  # one process downloads, the others find the file in the cache
+    with distributed.agreed():
+        path = locate(source, "model.init_from=")
+        loaded = load_weights(model, path)
+    with distributed.agreed():
+        if distributed.is_main():
+            run.create(config)
+            record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
+            write_text(run.initial_weights, json.dumps(record, indent=2) + "\n")
+            print(f"weights from {source}: {loaded.encoder}, {loaded.layout} layout")

@@ -1,0 +1,189 @@
+"""Every configuration that is shipped: its numbers are the published ones, its model is built and takes a step."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny_runs import write_images
+from torch import nn
+
+from spark_me import sparse
+from spark_me.config import load_config
+from spark_me.data.files import find_files
+from spark_me.train.checkpoint import TrainState
+from spark_me.train.loop import Stepper
+from spark_me.train.optim import build_optimizer
+from spark_me.train.precision import Precision
+from spark_me.train.pretraining import Pretraining
+from spark_me.train.reconstruct import model_of
+from spark_me.train.schedules import build_schedule
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PRETRAIN = CONFIGS / "pretrain"
+IMAGENET = 1_281_167
+CPU = torch.device("cpu")
+
+
+class Source(NamedTuple):
+    """What the recipes of one source have in common, written down from it."""
+
+    decoder_width: int
+    smallest_crop: float
+    precision: str
+    first_lr: float
+    peak_lr: float
+    last_lr: float
+
+
+class Recipe(NamedTuple):
+    """A recipe as published. Learning rates are at its total batch."""
+
+    source: Source
+    encoder: str
+    drop_path: float
+    epochs: int
+    lr_half_way: float
+    """At half of the epochs: (e/2 − w) / (e − w) of the cosine from the peak to the end."""
+    warmup_epochs: int = 40
+    beta2: float = 0.95
+    batch_size: int = 4096
+    side: int = 224
+    mask_ratio: float = 0.6
+
+
+MMPRETRAIN = Source(512, 0.2, "bf16", 1.6e-7, 1.6e-3, 0.0)
+OFFICIAL = Source(768, 0.67, "tf32", 1.6e-5, 3.2e-3, 3.2e-6)
+RECIPES = {
+    "spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k": Recipe(MMPRETRAIN, "resnet50", 0.05, 800, 8.66063e-4),
+    "spark_sparse-resnet50_8xb512-amp-coslr-1600e_in1k": Recipe(MMPRETRAIN, "resnet50", 0.05, 1600, 8.32213e-4),
+    "spark_sparse-convnextv2-tiny_16xb256-amp-coslr-800e_in1k": Recipe(
+        MMPRETRAIN, "convnextv2_tiny", 0.2, 800, 8.32213e-4, warmup_epochs=20
+    ),
+    "spark_sparse-convnext-small_16xb256-amp-coslr-800e_in1k": Recipe(
+        MMPRETRAIN, "convnext_small", 0.2, 800, 8.66063e-4
+    ),
+    "spark_resnet50_1600e_in1k": Recipe(OFFICIAL, "resnet50", 0.05, 1600, 1.665961e-3),
+    "spark_resnet101_1600e_in1k": Recipe(OFFICIAL, "resnet101", 0.08, 1600, 1.665961e-3),
+    "spark_resnet152_1600e_in1k": Recipe(OFFICIAL, "resnet152", 0.10, 1600, 1.665961e-3),
+    "spark_resnet200_1600e_in1k": Recipe(OFFICIAL, "resnet200", 0.15, 1600, 1.665961e-3),
+    "spark_convnext-small_1600e_in1k": Recipe(OFFICIAL, "convnext_small", 0.2, 1600, 1.665961e-3, beta2=0.999),
+    "spark_convnext-base_1600e_in1k": Recipe(OFFICIAL, "convnext_base", 0.3, 1600, 1.665961e-3, beta2=0.999),
+    "spark_convnext-large_1600e_in1k": Recipe(OFFICIAL, "convnext_large", 0.4, 1600, 1.665961e-3, beta2=0.999),
+    "spark_convnext-large-384_1600e_in1k": Recipe(
+        OFFICIAL, "convnext_large", 0.4, 1600, 1.665961e-3, beta2=0.999, batch_size=2048, side=384, mask_ratio=0.75
+    ),
+}
+DECAYED = (sparse.Conv2d, sparse.DepthwiseConv2d, nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    names = {path.stem for path in PRETRAIN.glob("*.yaml") if not path.stem.startswith("base")}
+    assert names == {*RECIPES, "small"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_numbers_are_the_published_ones(name: str) -> None:
+    recipe, config = RECIPES[name], load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
+    source = recipe.source
+    assert (config.model.encoder, config.model.drop_path) == (recipe.encoder, recipe.drop_path)
+    assert config.model.image_size == [recipe.side, recipe.side]
+    assert (config.model.mask_ratio, config.model.decoder_width) == (recipe.mask_ratio, source.decoder_width)
+    assert (config.data.kind, config.data.interpolation, config.data.flip) == ("imagenet", "bicubic", 0.5)
+    assert config.data.crop_scale == [source.smallest_crop, 1.0]
+    assert [255 * value for value in config.data.mean or []] == pytest.approx([123.675, 116.28, 103.53])
+    assert [255 * value for value in config.data.std or []] == pytest.approx([58.395, 57.12, 57.375])
+    assert (config.optim.name, config.optim.betas) == ("lamb", [0.9, recipe.beta2])
+    assert config.optim.clip_norm == 5.0
+    assert (config.train.epochs, config.train.batch_size) == (recipe.epochs, recipe.batch_size)
+    assert config.train.precision == source.precision
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_curves_are_the_published_ones(name: str) -> None:
+    recipe, config = RECIPES[name], load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
+    each = IMAGENET // recipe.batch_size
+    schedule = build_schedule(config, each)
+    last = recipe.epochs * each - 1
+    assert schedule.steps == last + 1
+    warm = recipe.warmup_epochs * each
+    source = recipe.source
+    assert schedule.lr(0) == pytest.approx(source.first_lr)
+    assert schedule.lr(warm // 2) == pytest.approx((source.first_lr + source.peak_lr) / 2, rel=1e-9)
+    assert schedule.lr(warm) == pytest.approx(source.peak_lr)
+    assert schedule.lr(warm - 1) < source.peak_lr > schedule.lr(warm + 1)
+    assert schedule.lr(recipe.epochs * each // 2) == pytest.approx(recipe.lr_half_way, rel=1e-4)
+    assert schedule.lr(last) == pytest.approx(source.last_lr, abs=1e-15)
+    assert [schedule.decay(step) for step in (0, last // 2, last)] == pytest.approx([0.04, 0.12, 0.2], rel=1e-4)
+
+
+def test_small_data_warms_up_for_a_share_of_its_steps() -> None:
+    config = load_config(PRETRAIN / "small.yaml", ["data.root=images"])
+    for images in (2, 300):  # steps an epoch
+        schedule = build_schedule(config, images)
+        assert (schedule.steps, schedule.warmup_steps) == (20_000, 1_000)
+        assert schedule.lr(1_000) == pytest.approx(1e-3)
+        assert schedule.lr(19_999) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "small"])
+def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
+    # As published but for the size of image and batch, a learning rate whose first step is seen, and TF32.
+    config = load_config(
+        PRETRAIN / f"{name}.yaml",
+        [
+            f"data.root={write_images(tmp_path / 'images', 2)}",
+            *("data.kind=images", "data.workers=0", "data.held_out=0", "data.repeats=1"),
+            *("model.image_size=[64,64]", "train.batch_size=2", "optim.base_lr=0.01"),
+        ],
+    )
+    if config.train.precision == "tf32":
+        config.train.precision = "fp32"
+    task = Pretraining(config, find_files(config.data), CPU)
+    optimizer = build_optimizer(task.model, config.optim)
+    assert_decay_reaches_weights_alone(task.model, optimizer)
+    precision = Precision(config.train.precision, CPU)
+    state = TrainState(task.model, optimizer, precision.scaler)
+    watched = next(task.model.encoder.parameters())
+    before = watched.detach().clone()
+    stepper = Stepper(task, state, build_schedule(config, 1), precision, seed=0, clip_norm=config.optim.clip_norm)
+    values = stepper.step([next(iter(task.batches(0, 0)))])
+    assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < 3
+    assert not torch.equal(watched, before) and watched.isfinite().all()
+
+
+def assert_decay_reaches_weights_alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Weights of convolutions and linear layers decay; norms, biases, layer scale and mask tokens do not."""
+    expected = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, DECAYED)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in ("kernel", "weight")
+    }
+    decayed, free = optimizer.param_groups
+    assert (decayed["decayed"], free["decayed"]) == (True, False)
+    assert {id(parameter) for parameter in decayed["params"]} == expected
+    assert {id(parameter) for parameter in free["params"]} == {id(p) for p in model.parameters()} - expected
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # Counted in the published checkpoints; the official width by the published implementation.
+    [
+        ("spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k", 37_970_611),
+        ("spark_sparse-convnextv2-tiny_16xb256-amp-coslr-800e_in1k", 39_729_619),
+        ("spark_resnet50_1600e_in1k", 52_921_835),
+    ],
+)
+def test_models_have_the_published_size(name: str, parameters: int) -> None:
+    config = load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
+    assert sum(parameter.numel() for parameter in model_of(config).parameters()) == parameters
+
+
+def test_recipes_inherit_from_their_source_and_say_their_command() -> None:
+    for name, recipe in RECIPES.items():
+        text = (PRETRAIN / f"{name}.yaml").read_text()
+        assert f"\nbase: base_{'mmpretrain' if recipe.source is MMPRETRAIN else 'official'}.yaml\n" in text
+        assert f"configs/pretrain/{name}.yaml" in text
