@@ -128,8 +128,9 @@ def test_what_it_refuses(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     torch.save(random_classifier(7, 0, "resnet34").state_dict(), tmp_path / "other.pth")
     assert "has a classifier of 5 classes, the images have 7" in message_of(capsys, tmp_path, tmp_path / "five.pth")
     assert "has no classifier" in message_of(capsys, tmp_path, tmp_path / "headless.pth")
-    assert "holds a resnet34, the model is a resnet18" in message_of(capsys, tmp_path, tmp_path / "other.pth")
-    assert "neither a file nor a published name" in message_of(capsys, tmp_path, tmp_path / "nowhere.pth")
+    other = message_of(capsys, tmp_path, tmp_path / "other.pth")
+    assert "is a resnet34 of 3 channels, the configuration's a resnet18 of 3" in other
+    assert "nowhere.pth: no such file" in message_of(capsys, tmp_path, tmp_path / "nowhere.pth")
     own = tmp_path / "checkpoint.pt"
     assert "is a resnet18 of 3 channels" in message_of(capsys, tmp_path, own, "model.encoder=resnet34")
     (images / "val" / "class_6").rename(images / "val" / "class_7")

@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
     """What was measured; shares of 1."""
 
     weights: str
-    """The file, and which weights of it."""
+    """As they were named."""
     images: int
     loss: float
     """Mean cross-entropy."""
@@ -59,14 +59,14 @@ def evaluate(
     if json_file is not None:
         require_folder(json_file)
     images, classes = find_val(config.data)
-    network, what = load_classifier(config, weights, classes, raw=raw)
+    network = load_classifier(config, weights, classes, raw=raw)
     device = pick_device(config.run.device)
     precision = Precision(config.train.precision, device)
     batches = held_out_loader(held_out_labelled(images, config), config, pin_memory=device.type == "cuda")
     with precision.products():
         own, unreadable = predict_all({"": network.to(device)}, batches, device, precision.autocast)
     _require_most(unreadable, len(images.paths), config.data.max_unreadable)
-    result = _summary(what, classes, own[""], unreadable)
+    result = _summary(f"{weights} (raw weights)" if raw else weights, classes, own[""], unreadable)
     _print(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result._asdict(), indent=1) + "\n")
@@ -83,7 +83,9 @@ def confusion_of(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
 
 
-def _summary(what: str, classes: list[str], predictions: Predictions, unreadable: list[tuple[str, str]]) -> Evaluation:
+def _summary(
+    weights: str, classes: list[str], predictions: Predictions, unreadable: list[tuple[str, str]]
+) -> Evaluation:
     images, loss, top1, top5 = predictions.sums
     confusion = confusion_of(predictions.labels, predictions.predicted, len(classes))
     counts, right = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
@@ -92,7 +94,7 @@ def _summary(what: str, classes: list[str], predictions: Predictions, unreadable
         for name, count, hits in zip(classes, counts, right)
     ]
     shares = (loss / images, top1 / images, top5 / images)
-    return Evaluation(what, int(images), *shares, table, confusion.tolist(), unreadable)
+    return Evaluation(weights, int(images), *shares, table, confusion.tolist(), unreadable)
 
 
 def _require_most(unreadable: list[tuple[str, str]], images: int, share: float) -> None:
