@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spark_me.cli_data import add_data
+from spark_me.cli_finetune import add_finetune
 from spark_me.cli_inference import add_inference
 from spark_me.cli_schedule import add_schedule
 from spark_me.errors import UserError
@@ -30,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands)
+    add_finetune(commands)
     _add_reconstruct(commands)
     _add_convert(commands)
     add_inference(commands)

@@ -4,23 +4,38 @@ import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spark_me.config_data import statistics_of
-from spark_me.config_rules import rules
+from spark_me.config_finetune import AnyConfig, FinetuneConfig
+from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.errors import UserError
 
-__all__ = ["Config", "differing_keys", "load_config", "parse_config", "to_yaml"]
+__all__ = ["AnyConfig", "Config", "FinetuneConfig", "differing_keys", "load_config", "parse_config", "to_yaml"]
 
 COMMAND_LINE = "on the command line"
 
+C = TypeVar("C", Config, FinetuneConfig)
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, unchecked: Collection[str] = ()) -> Config:
+
+@overload
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, unchecked: Collection[str] = ()) -> Config: ...
+
+
+@overload
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, unchecked: Collection[str] = (), schema: type[C]
+) -> C: ...
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, unchecked: Collection[str] = (), schema: Any = Config
+) -> AnyConfig:
     """Read a configuration.
 
     A file may start from another one with `base: other.yaml`, relative to itself. Later layers win:
@@ -30,34 +45,46 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, unchecked: C
         path: a YAML file with the sections model, data, optim, train, run.
         overrides: `key=value` with dotted keys and YAML values, for example `train.epochs=100`.
         unchecked: dotted keys whose range does not matter to the caller.
+        schema: what it configures: pretraining, or fine-tuning.
 
     Raises:
         UserError: for a file that is missing or no YAML, an unknown key, a value of a wrong type or range.
     """
-    return _resolve([*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))], unchecked)
+    layers = [*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))]
+    config: AnyConfig = _resolve(layers, schema, unchecked)
+    return config
 
 
-def parse_config(text: str, source: str) -> Config:
+@overload
+def parse_config(text: str, source: str) -> Config: ...
+
+
+@overload
+def parse_config(text: str, source: str, schema: type[C]) -> C: ...
+
+
+def parse_config(text: str, source: str, schema: Any = Config) -> AnyConfig:
     """Read back what `to_yaml` wrote; `source` says where it was, for the messages.
 
     Raises:
         UserError: as `load_config`.
     """
-    return _resolve([(f"in {source}", _parse_yaml(text, source))])
+    config: AnyConfig = _resolve([(f"in {source}", _parse_yaml(text, source))], schema)
+    return config
 
 
-def _resolve(layers: list[tuple[str, DictConfig]], unchecked: Collection[str] = ()) -> Config:
-    merged = OmegaConf.structured(Config)
+def _resolve(layers: list[tuple[str, DictConfig]], schema: type[C], unchecked: Collection[str] = ()) -> C:
+    merged = OmegaConf.structured(schema)
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        _check_keys(layer, origin)
+        _check_keys(layer, origin, schema)
         origins |= dict.fromkeys(_leaves(layer), origin)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UserError(_describe_type_error(error, origin)) from None
     try:
-        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+        config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(f"{_first_line(error)}: correct that value") from None
     _check_values(config, origins, unchecked)
@@ -66,12 +93,12 @@ def _resolve(layers: list[tuple[str, DictConfig]], unchecked: Collection[str] = 
     return config
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: AnyConfig) -> str:
     """The whole configuration as YAML that `load_config` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def differing_keys(old: Config, new: Config) -> list[str]:
+def differing_keys(old: AnyConfig, new: AnyConfig) -> list[str]:
     """Dotted keys that decide the result of a run and differ, as `key: old → new`."""
     old_values, new_values = _flatten(old), _flatten(new)
     return [
@@ -110,7 +137,7 @@ def _parse_yaml(text: str, source: str) -> DictConfig:
         place = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{place}: no valid YAML: {getattr(error, 'problem', error)}: correct that line") from None
     if not isinstance(layer, DictConfig):
-        raise UserError(f"{source}: must hold sections ({', '.join(_flatten_names())}), not a {_kind(layer)}")
+        raise UserError(f"{source}: must hold sections (model, data, optim, train, run), not a {_kind(layer)}")
     return layer
 
 
@@ -126,9 +153,9 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"{' '.join(overrides)}: value on the command line is no valid YAML: {problem}") from None
 
 
-def _check_keys(layer: DictConfig, origin: str) -> None:
-    valid = list(_flatten(Config()))
-    sections = _flatten_names()
+def _check_keys(layer: DictConfig, origin: str, schema: type[AnyConfig]) -> None:
+    valid = list(_flatten(schema()))
+    sections = {key.partition(".")[0] for key in valid}
     for key in _leaves(layer):
         if key in valid:
             continue
@@ -147,9 +174,9 @@ def _nearest(key: str, valid: list[str]) -> str:
     return names[by_name[0]] if by_name else difflib.get_close_matches(key, valid, n=1, cutoff=0)[0]
 
 
-def _check_values(config: Config, origins: Mapping[str, str], unchecked: Collection[str]) -> None:
+def _check_values(config: AnyConfig, origins: Mapping[str, str], unchecked: Collection[str]) -> None:
     values = _flatten(config)
-    for key, good, expected in rules(config):
+    for key, good, expected in rules(config) if isinstance(config, Config) else finetune_rules(config):
         if not good and key not in unchecked:
             raise UserError(f"{key}={_show(values[key])} ({origins.get(key, 'by default')}): {expected}")
 
@@ -168,12 +195,11 @@ def _leaves(layer: DictConfig) -> list[str]:
     return list(walk(OmegaConf.to_container(layer, resolve=False), ""))
 
 
-def _flatten(config: Config) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, keys in asdict(config).items() for key, value in keys.items()}
-
-
-def _flatten_names() -> list[str]:
-    return list(dict.fromkeys(key.partition(".")[0] for key in _flatten(Config())))
+def _flatten(config: AnyConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in asdict(config).items():
+        values |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return values
 
 
 def _any_key_of(section: str, valid: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 # Key, whether its value is good, what it has to be.
 Rule = tuple[str, bool, str]
@@ -13,6 +14,13 @@ PIPE = "pipe:"
 """What a shard begins with that is the output of a command."""
 # Mean and deviation of ImageNet in RGB, and of their average.
 STATISTICS = {3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), 1: ([0.449], [0.226])}
+
+
+class Statistics(Protocol):
+    """Mean and deviation of each channel; None for ImageNet's."""
+
+    mean: list[float] | None
+    std: list[float] | None
 
 
 @dataclass
@@ -63,7 +71,7 @@ class DataConfig:
     """Share of the images that may be unreadable (skipped and listed) before the run stops."""
 
 
-def statistics_of(data: DataConfig, channels: int) -> tuple[list[float] | None, list[float] | None]:
+def statistics_of(data: Statistics, channels: int) -> tuple[list[float] | None, list[float] | None]:
     """Mean and deviation per channel, given or ImageNet's; None where it has none for so many channels."""
     mean, std = STATISTICS.get(channels, (None, None))
     return data.mean if data.mean is not None else mean, data.std if data.std is not None else std
@@ -78,8 +86,8 @@ def data_rules(data: DataConfig, channels: int) -> Iterator[Rule]:
     yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
     yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
     yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
-    yield from _statistics_rules("data.mean", data.mean, channels)
-    yield from _statistics_rules("data.std", data.std, channels)
+    yield from statistics_rules("data.mean", data.mean, channels)
+    yield from statistics_rules("data.std", data.std, channels)
     yield "data.std", data.std is None or all(value > 0 for value in data.std), "must be positive"
     yield "data.workers", data.workers >= 0, "must not be negative"
     yield "data.max_unreadable", 0 <= data.max_unreadable < 1, "must be a share in [0, 1)"
@@ -107,7 +115,8 @@ def _place_rules(data: DataConfig) -> Iterator[Rule]:
     yield "data.shuffle_buffer", data.shuffle_buffer >= 1, "must be at least 1"
 
 
-def _statistics_rules(key: str, values: list[float] | None, channels: int) -> Iterator[Rule]:
+def statistics_rules(key: str, values: list[float] | None, channels: int) -> Iterator[Rule]:
+    """Whether mean or deviation have a value for every channel."""
     measure = "measure it by `spark-me data stats YOUR.yaml`"
     known = values is not None or channels in (1, 3)
     yield key, known, f"must have model.in_channels={channels} values: {measure}"

@@ -2,9 +2,17 @@
 
 from collections.abc import Iterator
 
-from spark_me.config_data import Rule, data_rules
+from spark_me.config_data import INTERPOLATIONS, Rule, data_rules, statistics_rules
+from spark_me.config_finetune import (
+    LOSSES,
+    FinetuneConfig,
+    FinetuneDataConfig,
+    FinetuneModelConfig,
+    FinetuneTrainConfig,
+)
 from spark_me.config_schema import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from spark_me.encoders import list_encoders, patch_size_of
+from spark_me.encoders.registry import CONVNEXTS, RESNETS
 
 BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
 OPTIMIZERS = ("lamb", "adamw")
@@ -12,11 +20,25 @@ PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 
 def rules(config: Config) -> Iterator[Rule]:
-    """Every range check, by and large in the order of the keys."""
+    """Every range check of a pretraining run, by and large in the order of the keys."""
     yield from _model_rules(config.model)
     yield from data_rules(config.data, config.model.in_channels)
     yield from _optim_rules(config.optim)
     yield from _train_rules(config.train)
+    yield from _warmup_rules(config.optim, config.train)
+    yield from _run_rules(config.run)
+
+
+def finetune_rules(config: FinetuneConfig) -> Iterator[Rule]:
+    """Every range check of a fine-tuning run, in the order of the keys."""
+    start = "must name what to start from: add weights=PATH, or weights=none to start from scratch"
+    yield "weights", bool(config.weights), start
+    yield from _finetune_model_rules(config.model)
+    yield from _finetune_data_rules(config.data, config.model.in_channels)
+    yield from _optim_rules(config.optim)
+    yield "optim.layer_decay", 0 < config.optim.layer_decay <= 1, "must lie in (0, 1]; 1 for none"
+    yield from _train_rules(config.train)
+    yield from _finetune_train_rules(config.train)
     yield from _warmup_rules(config.optim, config.train)
     yield from _run_rules(config.run)
 
@@ -82,3 +104,39 @@ def _run_rules(run: RunConfig) -> Iterator[Rule]:
     yield "run.log_every_steps", run.log_every_steps >= 1, "must be at least 1"
     yield "run.evaluate_every_epochs", run.evaluate_every_epochs >= 1, "must be at least 1"
     yield "run.picture_every_epochs", run.picture_every_epochs >= 1, "must be at least 1"
+
+
+def _finetune_model_rules(model: FinetuneModelConfig) -> Iterator[Rule]:
+    dense = [*RESNETS, *CONVNEXTS]
+    yield "model.encoder", model.encoder in dense, f"must be one of {', '.join(dense)}"
+    yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
+    yield "model.drop_path", 0 <= model.drop_path < 1, "must be in [0, 1)"
+
+
+def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Rule]:
+    yield "data.root", bool(data.root), "must name your images: add data.root=/path/to/folder/above/train/and/val"
+    yield "data.fraction", 0 < data.fraction <= 1, "must be a share in (0, 1]"
+    yield "data.repeats", data.repeats >= 1, "must be at least 1"
+    yield "data.repeated_augmentation", data.repeated_augmentation >= 1, "must be at least 1; 1 for none"
+    yield "data.train_crop", data.train_crop >= 1, "must be at least 1"
+    scale = data.crop_scale
+    yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
+    yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
+    colours = not data.trivial_augment or channels in (1, 3)
+    yield "data.trivial_augment", colours, f"must be false for model.in_channels={channels}: it changes colours"
+    yield "data.erasing", 0 <= data.erasing <= 1, "must be a probability"
+    yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
+    yield "data.test_crop", 1 <= data.test_crop <= data.test_resize, "must lie between 1 and data.test_resize"
+    yield from statistics_rules("data.mean", data.mean, channels)
+    yield from statistics_rules("data.std", data.std, channels)
+    yield "data.std", data.std is None or all(value > 0 for value in data.std), "must be positive"
+    yield "data.workers", data.workers >= 0, "must not be negative"
+    yield "data.max_unreadable", 0 <= data.max_unreadable < 1, "must be a share in [0, 1)"
+
+
+def _finetune_train_rules(train: FinetuneTrainConfig) -> Iterator[Rule]:
+    yield "train.loss", train.loss in LOSSES, f"must be one of {', '.join(LOSSES)}"
+    yield "train.label_smoothing", 0 <= train.label_smoothing < 1, "must be a share in [0, 1)"
+    yield "train.mixup", train.mixup >= 0, "must not be negative; 0 for none"
+    yield "train.cutmix", train.cutmix >= 0, "must not be negative; 0 for none"
+    yield "train.ema", train.ema is None or 0 < train.ema < 1, "must be null or lie between 0 and 1"

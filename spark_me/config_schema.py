@@ -56,7 +56,7 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """How long and in what portions."""
+    """How long and in what portions, for any task."""
 
     epochs: int | None = 1600
     """Passes over the images; null with steps."""
@@ -69,6 +69,12 @@ class TrainConfig:
     Loss and gradient are the whole batch's; batch norms see one micro-batch at a time, as they must."""
     precision: str = "fp32"
     """fp32; tf32 for its products (CUDA only); bf16 or fp16 (with a scaled loss) by autocast, weights in float32."""
+
+
+@dataclass
+class PretrainTrainConfig(TrainConfig):
+    """The same, for pretraining."""
+
     activation_checkpointing: bool = False
     """Compute the activations inside encoder blocks twice instead of keeping them: less memory, the same result."""
     compile: bool = False
@@ -102,12 +108,12 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """A whole run: the sections of a YAML file."""
+    """A whole pretraining run: the sections of a YAML file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: PretrainTrainConfig = field(default_factory=PretrainTrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -115,6 +121,7 @@ class Config:
 FREE_KEYS = frozenset(
     {
         "data.workers",
+        "data.cache",
         "data.max_unreadable",
         "model.backend",
         "train.activation_checkpointing",

@@ -9,7 +9,6 @@ from conftest import randomise, relative_error
 
 from spark_me import sparse
 from spark_me.benchmark import BACKENDS, SCOPES, Case, Report, Sweep, measure
-from spark_me.benchmark.machine import describe_machine
 from spark_me.benchmark.measure import count_units
 from spark_me.benchmark.plot import draw_sweep
 from spark_me.benchmark.report import format_report, format_sweep
@@ -20,6 +19,7 @@ from spark_me.benchmark.timing import time_interleaved
 from spark_me.benchmark.twins import DenseSparK
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
 from spark_me.errors import UserError
+from spark_me.machine import describe_machine
 from spark_me.masked_dense import MaskedDenseSparK
 
 TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 from spark_me.benchmark.case import SCOPES, Case
-from spark_me.benchmark.machine import describe_machine
 from spark_me.benchmark.memory import activation_bytes
 from spark_me.benchmark.results import Report, ScopeResult, compare
 from spark_me.benchmark.tables import time_tables
@@ -13,6 +12,7 @@ from spark_me.benchmark.timing import Advance, time_interleaved
 from spark_me.benchmark.twins import check_twin
 from spark_me.benchmark.workloads import BACKENDS, Variant, Workload, variants_of
 from spark_me.errors import UserError
+from spark_me.machine import describe_machine
 
 
 def measure(

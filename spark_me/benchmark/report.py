@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from spark_me.benchmark.machine import Machine
 from spark_me.benchmark.results import Report, Row, ScopeResult
 from spark_me.benchmark.sweep import Sweep
 from spark_me.benchmark.workloads import BACKENDS
+from spark_me.machine import Machine
 
 MISSING = "n/a"
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spark_me.benchmark.case import Case
-from spark_me.benchmark.machine import Machine
 from spark_me.benchmark.workloads import Variant
+from spark_me.machine import Machine
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Data sets over images. Samples depend on (seed, epoch, index) alone; unreadable images travel as records."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from spark_me.data.randomness import CROP, seed_of
 from spark_me.data.reading import Encoded, Item, Items, Picture, read_image
-from spark_me.data.transforms import Crop, Transform
+from spark_me.data.transforms import Crop
 from spark_me.data.unreadable import UnreadableImage
 
 
@@ -24,6 +24,8 @@ class Sample(NamedTuple):
     """(name, reason) of images that were skipped for it."""
     valid: Tensor | None = None
     """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
+    label: int | None = None
+    """The image's class; None where there are none."""
 
 
 class Batch(NamedTuple):
@@ -37,6 +39,8 @@ class Batch(NamedTuple):
     """(name, reason) of images that were skipped."""
     valid: Tensor | None = None
     """bool [B, fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
+    labels: Tensor | None = None
+    """int64 [B], the images' classes; None where there are none."""
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -44,18 +48,22 @@ def collate(samples: Sequence[Sample]) -> Batch:
     unreadable = [record for sample in samples for record in sample.unreadable]
     images = {sample.sample_index: sample.image for sample in samples if sample.image is not None}
     masks = [sample.valid for sample in samples if sample.valid is not None]
+    labels = [sample.label for sample in samples if sample.image is not None and sample.label is not None]
     return Batch(
         torch.stack(list(images.values())) if images else torch.empty(0),
         list(images),
         unreadable,
         torch.stack(masks) if masks else None,
+        torch.tensor(labels) if labels else None,
     )
 
 
 class Reader:
     """Reads images and draws their crops."""
 
-    def __init__(self, transform: Transform, *, seed: int, channels: int = 3, nodata: float | None = None) -> None:
+    def __init__(
+        self, transform: Callable[[Picture], Crop], *, seed: int, channels: int = 3, nodata: float | None = None
+    ) -> None:
         """
         Args:
             transform: draws from torch's default generator.

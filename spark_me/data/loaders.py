@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from spark_me.config_finetune import AnyConfig, FinetuneConfig
 from spark_me.config_schema import Config, DataConfig
+from spark_me.data.augment import augmentation
+from spark_me.data.class_folders import Labelled
 from spark_me.data.datasets import HeldOutDataset, Reader, Sample, StreamDataset, TrainDataset, collate
 from spark_me.data.files import Files
+from spark_me.data.labelled import LabelledTrainDataset, labelled_reader
 from spark_me.data.sampler import StepSampler
 from spark_me.data.shards import Shards
 from spark_me.data.streams import ShardSampler
@@ -40,13 +44,42 @@ def train_loader(
     return _loader(dataset, StepSampler(len(dataset), size, steps, **order), data.workers, pin_memory)
 
 
+def labelled_train_loader(
+    images: Labelled,
+    config: FinetuneConfig,
+    *,
+    first_step: int,
+    steps: int,
+    most_unreadable: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """The same, with labels."""
+    data, train = config.data, config.train
+    reader = labelled_reader(augmentation(data, config.model.in_channels), config)
+    dataset = LabelledTrainDataset(images, reader, repeats=data.repeats, most_unreadable=most_unreadable)
+    sampler = StepSampler(
+        len(dataset),
+        train.batch_size,
+        steps,
+        seed=config.run.seed,
+        first_step=first_step,
+        rank=rank,
+        world_size=world_size,
+        accumulate=train.accumulate,
+        copies=data.repeated_augmentation,
+    )
+    return _loader(dataset, sampler, data.workers, pin_memory)
+
+
 def held_out_dataset(files: Files, config: Config) -> HeldOutDataset:
     """The held-out images, cropped to their centre."""
     return HeldOutDataset(files.held_out, _reader(config, held_out_transform))
 
 
 def held_out_loader(
-    dataset: HeldOutDataset, config: Config, *, pin_memory: bool, rank: int = 0, world_size: int = 1
+    dataset: HeldOutDataset, config: AnyConfig, *, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
     """`Batch`es of this process's share of the held-out images, as large as in training, the last one smaller."""
     batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))

@@ -9,6 +9,8 @@ CROP = 2
 SHUFFLE = 3
 STEP = 4
 """Whatever a training step draws from torch's default generators, for example which branches are dropped."""
+SUBSET = 5
+"""Which images of a class are used."""
 
 
 def seed_of(purpose: int, seed: int, epoch: int, sample: int = 0) -> int:

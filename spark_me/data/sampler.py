@@ -11,7 +11,8 @@ from spark_me.data.randomness import ORDER, generator_of
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
 
-    Every epoch is a new permutation; what does not fill a step's batch at its end is dropped.
+    Every epoch is a new permutation; what does not fill a step's batch at its end is dropped. With `copies`, repeated
+    augmentation: an epoch has as many samples, but each `copies` times in a row, so that it sees fewer of them.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        copies: int = 1,
     ) -> None:
         """
         Args:
@@ -36,6 +38,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             rank: this process, which gets its share of each batch.
             world_size: number of processes.
             accumulate: micro-batches that a process's share of a step comes in.
+            copies: how often a sample comes, the k-th time (from 0) as the index k · samples + sample.
         """
         self.samples = samples
         self.batch_size = batch_size
@@ -46,6 +49,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.accumulate = accumulate
+        self.copies = copies
 
     def __len__(self) -> int:
         return (self.steps - self.first_step) * self.accumulate
@@ -55,8 +59,12 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, self.steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if not order or batch == 0:
-                order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
+                order = self._order(epoch)
             start = batch * self.batch_size
             share = order[start + self.rank : start + self.batch_size : self.world_size]
             for part in range(self.accumulate):
                 yield [(epoch, index) for index in share[part :: self.accumulate]]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
+        return [index + copy * self.samples for index in order for copy in range(self.copies)][: self.samples]

@@ -2,9 +2,11 @@
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,11 +15,12 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import spark_me
-from spark_me.config import Config, parse_config, to_yaml
+from spark_me.config import AnyConfig, Config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
 
 PRETRAIN = "pretrain"
+FINETUNE = "finetune"
 FORMAT_VERSION = 2
 BEST = "best.pt"
 
@@ -33,15 +36,24 @@ class TrainState:
     step: int = 0
     """Steps done; decides the schedule, the epoch, the batch that comes next and what is drawn in it."""
     best: float | None = None
-    """Lowest held-out value so far."""
+    """Best held-out value so far."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Reasons by path of the files that were skipped."""
 
 
 def checkpoint_of(
-    state: TrainState, config: Config, *, task: str, steps_per_epoch: int, data_fingerprint: str
+    state: TrainState,
+    config: AnyConfig,
+    *,
+    task: str,
+    steps_per_epoch: int,
+    data_fingerprint: str,
+    entries: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What a checkpoint holds; its tensors are copies on the CPU, so that training may go on while it is written."""
+    """What a checkpoint holds; its tensors are copies on the CPU, so that training may go on while it is written.
+
+    `entries` are the task's own.
+    """
     epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
     return {
         "format": f"spark_me.{task}",
@@ -60,8 +72,9 @@ def checkpoint_of(
         "versions": {
             "spark_me": spark_me.__version__,
             "torch": str(torch.__version__),
-            "MinkowskiEngine": version("MinkowskiEngine"),
+            "MinkowskiEngine": _installed_version("MinkowskiEngine"),
         },
+        **_copied(dict(entries)),
     }
 
 
@@ -144,6 +157,13 @@ def restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
     state.step = content["step"]
     state.best = content["best"]
     state.unreadable.update(content["unreadable"])
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # fine-tuning does without the engine
+        return None
 
 
 def _copied(value: Any) -> Any:

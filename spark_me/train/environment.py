@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import spark_me
-from spark_me.benchmark.machine import describe_machine
+from spark_me.machine import describe_machine
 from spark_me.train import distributed
 
 

@@ -1,18 +1,15 @@
 """`model.init_from`: weights that a run starts from, of any known layout, and the record of what they were."""
 
 import json
-from pathlib import Path
 
 from torch import nn
 
 from spark_me.config import Config
-from spark_me.errors import UserError
 from spark_me.files import write_text
 from spark_me.train import distributed
 from spark_me.train.run_directory import RunDirectory
-from spark_me.weights.download import is_url, local_file
+from spark_me.train.starting_weights import locate
 from spark_me.weights.files import sha256_of
-from spark_me.weights.models import PUBLISHED
 from spark_me.weights.transfer import load_weights
 
 
@@ -32,9 +29,9 @@ def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory)
     """
     with distributed.agreed():
         if distributed.is_main():
-            _locate(source)  # one process downloads, the others find the file in the cache
+            locate(source, "model.init_from=")  # one process downloads, the others find the file in the cache
     with distributed.agreed():
-        path = _locate(source)
+        path = locate(source, "model.init_from=")
         loaded = load_weights(model, path)
     with distributed.agreed():
         if distributed.is_main():
@@ -42,15 +39,3 @@ def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory)
             record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
             write_text(run.initial_weights, json.dumps(record, indent=2) + "\n")
             print(f"weights from {source}: {loaded.encoder}, {loaded.layout} layout")
-
-
-def _locate(source: str) -> Path:
-    if source in PUBLISHED:
-        return local_file(PUBLISHED[source].url)
-    path = local_file(source)
-    if not is_url(source) and not path.is_file():
-        raise UserError(
-            f"model.init_from={source}: neither a file nor a published name: give a path, a URL, or one of "
-            f"{', '.join(PUBLISHED)}"
-        )
-    return path

@@ -58,6 +58,7 @@ class Stepper:
         loss = self._backward(inputs)
         self._require_finite("loss", loss)
         norm = self._update()
+        self.task.after_step()
         state.step += 1
         return {
             "loss": loss,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spark_me.config import Config
+from spark_me.config import AnyConfig, Config
 from spark_me.data.files import Files
 from spark_me.train import distributed
 from spark_me.train.checkpoint import list_checkpoints
@@ -37,7 +37,7 @@ def say_beginning(
     )
     print(
         f"{len(files.train)} training images (× {config.data.repeats} crops an epoch), {len(files.held_out)} held out; "
-        f"{_length(config, schedule)} of {_batch(config, processes)}, {describe_peak(config)}"
+        f"{length_text(config, schedule)} of {batch_text(config, processes)}, {describe_peak(config)}"
     )
     if resumed_from is None:
         print(f"starting in {config.run.dir}")
@@ -47,7 +47,7 @@ def say_beginning(
         print(f"this run is complete: {resumed_from} is its last step (for another, choose another run.dir)")
 
 
-def say_stopped(config: Config, steps_done: int, checkpoint: Path) -> None:
+def say_stopped(config: AnyConfig, steps_done: int, checkpoint: Path) -> None:
     """How to go on with a run that was asked to stop before its end."""
     how = "" if config.run.resume == "auto" else " with run.resume=auto"
     print(f"stopped as asked, {steps_done} steps done and saved in {checkpoint}: repeat the command{how} to go on")
@@ -60,23 +60,25 @@ def say_end(run: RunDirectory) -> None:
         print(f"held-out loss {measured[-1]:.4f} (predicting nothing scores 1.0)")
     pictures = [str(path) for path in (run.picture, run.loss_plot) if path.is_file()]
     print(f"look at   {'  '.join(pictures)}")
-    print(f"curves    {_command('tensorboard')} --logdir {run.tensorboard}")
+    print(f"curves    {command_text('tensorboard')} --logdir {run.tensorboard}")
     reconstruct = f"reconstruct {list_checkpoints(run.checkpoints)[-1]} YOUR_PHOTO.jpg --out photo.png"
-    print(f"try       {_command('spark-me')} {reconstruct}")
+    print(f"try       {command_text('spark-me')} {reconstruct}")
     own = "pretrain configs/pretrain/small.yaml data.root=/path/to/images run.dir=runs/mine"
-    print(f"next      {_command('spark-me')} {own}")
+    print(f"next      {command_text('spark-me')} {own}")
 
 
-def _length(config: Config, schedule: Schedule) -> str:
+def length_text(config: AnyConfig, schedule: Schedule) -> str:
+    """How long a run is."""
     epochs = "" if config.train.epochs is None else f"{config.train.epochs} epochs, "
     return f"{epochs}{schedule.steps} steps"
 
 
-def _batch(config: Config, processes: int) -> str:
+def batch_text(config: AnyConfig, processes: int) -> str:
+    """The batch, and how it is split if it is."""
     size, parts = config.train.batch_size, processes * config.train.accumulate
     return str(size) if parts == 1 else f"{size} ({processes} × {config.train.accumulate} × {size // parts})"
 
 
-def _command(name: str) -> str:
+def command_text(name: str) -> str:
     """How to call a command of this environment from here, activated or not."""
     return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))

@@ -25,7 +25,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     if train:
         steps, losses = zip(*train)
         axes.plot(steps, losses, color=TRAIN_COLOUR, alpha=0.3, linewidth=1)
-        axes.plot(steps, _smooth(losses), color=TRAIN_COLOUR, label="training (running mean)")
+        axes.plot(steps, smooth(losses), color=TRAIN_COLOUR, label="training (running mean)")
     if held_out:
         axes.plot(*zip(*held_out), color=HELD_OUT_COLOUR, marker=".", label="held-out images")
     axes.axhline(1.0, color="black", linestyle="--", linewidth=1, label="predicting nothing scores 1.0")
@@ -62,8 +62,8 @@ def plot_reconstruction(originals: Tensor, predictions: Tensor, shown: Tensor, p
         figure.savefig(file, format="png", dpi=120)
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
-    """Mean of the last 5 % of values, at each."""
+def smooth(values: Sequence[float]) -> np.ndarray:
+    """Mean of the last 5 % of values, at each of them."""
     window = max(1, len(values) // 20)
     sums = np.cumsum(np.concatenate([np.zeros(1), np.asarray(values)]))
     ends = np.arange(1, len(values) + 1)

@@ -1,6 +1,8 @@
 """SparK pretraining as a task for the trainer."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from spark_me.train.plots import plot_loss
 from spark_me.train.reconstruct import draw_reconstruction, model_of
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import count_steps, count_steps_per_epoch
-from spark_me.train.task import Inputs
+from spark_me.train.task import Inputs, require_even_split
 from spark_me.train.unreadable import note_unreadable
 
 PICTURES = 6
@@ -34,6 +36,7 @@ class Pretraining:
 
     name = PRETRAIN
     best_by = "held_out_loss"
+    best_is_highest = False
 
     def __init__(self, config: Config, files: Files, device: torch.device) -> None:
         """
@@ -72,6 +75,12 @@ class Pretraining:
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
         return model(*tensors)
 
+    def lr_scale(self, name: str) -> float:
+        return 1.0
+
+    def after_step(self) -> None:
+        """The optimizer has changed all there is."""
+
     def evaluate(self, unreadable: UnreadableFiles, autocast: torch.autocast) -> dict[str, float]:
         """The held-out loss; every process measures its share of the images."""
         if not self.images.held_out:
@@ -102,21 +111,11 @@ class Pretraining:
         if batch.indices:
             draw_reconstruction(self.model, batch, self.config, run.picture, seed=self.config.run.seed)
 
+    def entries(self) -> dict[str, Any]:
+        return {}
 
-def require_even_split(batch_size: int, processes: int, accumulate: int) -> None:
-    """Check that every process gets as many images of a step as the others, in equal micro-batches.
-
-    Raises:
-        UserError: naming the nearest batch sizes that do split.
-    """
-    parts = processes * accumulate
-    below = batch_size // parts * parts
-    if below != batch_size:
-        nearest = f"{below} and {below + parts}" if below else str(parts)
-        raise UserError(
-            f"train.batch_size={batch_size} does not split evenly over {processes} processes × "
-            f"train.accumulate={accumulate}: the nearest that does is {nearest}"
-        )
+    def restore(self, content: dict[str, Any], path: Path) -> None:
+        """There are no entries of its own."""
 
 
 def _build_model(config: Config, device: torch.device) -> SparK:

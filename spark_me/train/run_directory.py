@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from spark_me.config import Config, differing_keys, load_config, to_yaml
+from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import write_text, writing
-from spark_me.train.checkpoint import config_of, list_checkpoints, read_checkpoint
+from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
 # images step N sees.
@@ -28,14 +28,20 @@ class RunDirectory:
         self.picture = self.path / "reconstruction.png"
         self.unreadable = self.path / "unreadable.txt"
 
-    def check(self, config: Config) -> None:
+    def check(self, config: AnyConfig) -> None:
         """Refuse a directory that another run owns; writes nothing.
 
         Raises:
             UserError: if it holds another configuration, or checkpoints that this run would overwrite.
         """
         if self.config.is_file():
-            different = differing_keys(load_config(self.config), config)
+            try:
+                other = load_config(self.config, schema=type(config))
+            except UserError as error:
+                raise UserError(
+                    f"{self.path}: holds a run of another command or version ({error}): choose another run.dir"
+                ) from None
+            different = differing_keys(other, config)
             if different:
                 raise UserError(
                     f"{self.path}: holds a run of another configuration ({'; '.join(different)}): "
@@ -44,13 +50,13 @@ class RunDirectory:
         if config.run.resume == "never" and list_checkpoints(self.checkpoints):
             raise UserError(f"{self.path}: holds a run, and run.resume=never: choose another run.dir, or resume=auto")
 
-    def create(self, config: Config) -> None:
+    def create(self, config: AnyConfig) -> None:
         """Make the directory and write the resolved configuration into it."""
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_yaml(config))
 
-    def find_checkpoint(self, config: Config, task: str) -> tuple[Path, dict[str, Any]] | None:
+    def find_checkpoint(self, config: AnyConfig, task: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint that `run.resume` asks for, read; None to start afresh.
 
         Raises:
@@ -63,7 +69,7 @@ class RunDirectory:
             return self._newest_that_loads(task)
         path = Path(resume)
         content = read_checkpoint(path, task)
-        different = differing_keys(config_of(content, path), config)
+        different = differing_keys(parse_config(content["config"], str(path), type(config)), config)
         fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
         if fixed:
             raise UserError(f"{path}: is of another run ({'; '.join(fixed)}): use its configuration for these keys")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
-from spark_me.config_schema import Config, OptimConfig
+from spark_me.config_finetune import AnyConfig
+from spark_me.config_schema import OptimConfig
 from spark_me.errors import UserError
 
 
@@ -39,11 +40,11 @@ class Schedule:
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set both in an optimizer made by `build_optimizer`."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(step)
+            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
             group["weight_decay"] = self.decay(step) if group["decayed"] else 0.0
 
 
-def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
     """The schedule of a run; the peak is base_lr · batch_size / 256."""
     optim, steps = config.optim, count_steps(config, steps_per_epoch)
     return Schedule(
@@ -57,7 +58,7 @@ def build_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     )
 
 
-def count_steps(config: Config, steps_per_epoch: int) -> int:
+def count_steps(config: AnyConfig, steps_per_epoch: int) -> int:
     """Length of a run."""
     train = config.train
     if train.epochs is not None:
@@ -66,7 +67,7 @@ def count_steps(config: Config, steps_per_epoch: int) -> int:
     return train.steps
 
 
-def count_steps_per_epoch(images: int, config: Config) -> int:
+def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
     """Whole batches in an epoch of so many files.
 
     Raises:
@@ -81,7 +82,7 @@ def count_steps_per_epoch(images: int, config: Config) -> int:
     return samples // batch_size
 
 
-def describe_peak(config: Config) -> str:
+def describe_peak(config: AnyConfig) -> str:
     """The optimizer and its highest learning rate, with the rule that it comes from."""
     name, base, size = config.optim.name, config.optim.base_lr, config.train.batch_size
     return f"{name} with peak lr {_peak_lr(config):.3g} (base_lr {base:g} · {size} / 256)"
@@ -94,7 +95,7 @@ def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) ->
     return round(optim.warmup_share * steps)
 
 
-def _peak_lr(config: Config) -> float:
+def _peak_lr(config: AnyConfig) -> float:
     return config.optim.base_lr * config.train.batch_size / 256
 
 

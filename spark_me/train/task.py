@@ -1,13 +1,15 @@
 """What the trainer asks of a task. It runs steps, checkpoints and logs; the task says what is learnt from what."""
 
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spark_me.data.datasets import Batch
 from spark_me.data.unreadable import UnreadableFiles
+from spark_me.errors import UserError
 from spark_me.train.run_directory import RunDirectory
 
 
@@ -31,7 +33,9 @@ class Task(Protocol):
     """Changes when the training data do."""
     steps_per_epoch: int
     best_by: str
-    """The value of `evaluate` whose lowest makes the best checkpoint."""
+    """The value of `evaluate` that decides which checkpoint is the best."""
+    best_is_highest: bool
+    """Whether its highest does, not its lowest."""
 
     @property
     def model(self) -> nn.Module:
@@ -46,8 +50,40 @@ class Task(Protocol):
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
         """The mean loss over the targets; `model` is `self.model`, perhaps in a wrapper that shares its gradients."""
 
+    def lr_scale(self, name: str, /) -> float:
+        """The share of the learning rate for a parameter of the model."""
+
+    def after_step(self) -> None:
+        """What else a step changes, when the optimizer is done."""
+
     def evaluate(self, unreadable: UnreadableFiles, autocast: torch.autocast) -> dict[str, float]:
         """Values on held-out data, by name; empty without such data. Called on all processes, with equal results."""
 
     def draw(self, run: RunDirectory) -> None:
         """Draw how far the run is, into its directory."""
+
+    def entries(self) -> dict[str, Any]:
+        """What a checkpoint holds besides what every task's does, by name."""
+
+    def restore(self, content: dict[str, Any], path: Path) -> None:
+        """Bring that back from a checkpoint's content.
+
+        Raises:
+            UserError: if it does not fit.
+        """
+
+
+def require_even_split(batch_size: int, processes: int, accumulate: int) -> None:
+    """Check that every process gets as many images of a step as the others, in equal micro-batches.
+
+    Raises:
+        UserError: naming the nearest batch sizes that do split.
+    """
+    parts = processes * accumulate
+    below = batch_size // parts * parts
+    if below != batch_size:
+        nearest = f"{below} and {below + parts}" if below else str(parts)
+        raise UserError(
+            f"train.batch_size={batch_size} does not split evenly over {processes} processes × "
+            f"train.accumulate={accumulate}: the nearest that does is {nearest}"
+        )

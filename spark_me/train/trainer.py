@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from spark_me.config import Config
+from spark_me.config import AnyConfig
 from spark_me.data.datasets import Batch
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
@@ -32,7 +32,7 @@ from spark_me.train.writer import CheckpointWriter
 class Trainer:
     """One process's part of a run. The main process alone writes; all take every step together."""
 
-    def __init__(self, task: Task, config: Config, run: RunDirectory, device: torch.device) -> None:
+    def __init__(self, task: Task, config: AnyConfig, run: RunDirectory, device: torch.device) -> None:
         """
         Raises:
             UserError: if the device cannot compute in the precision asked for.
@@ -43,7 +43,8 @@ class Trainer:
         self.device = device
         self.precision = Precision(config.train.precision, device)
         self.schedule = build_schedule(config, task.steps_per_epoch)
-        self.state = TrainState(task.model, build_optimizer(task.model, config.optim), self.precision.scaler)
+        optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
+        self.state = TrainState(task.model, optimizer, self.precision.scaler)
         self.unreadable = UnreadableFiles(
             self.state.unreadable, task.files, config.data.max_unreadable, write=self._write_unreadable
         )
@@ -70,6 +71,7 @@ class Trainer:
                     "restore them, or choose another run.dir"
                 )
             restore(self.state, content, path)
+            self.task.restore(content, path)
         return str(path)
 
     def train(self) -> bool:
@@ -157,7 +159,7 @@ class Trainer:
         evaluate = last or epoch % run.evaluate_every_epochs == 0
         measured = self.task.evaluate(self.unreadable, self.precision.autocast) if evaluate else {}
         value = measured.get(self.task.best_by)
-        best = value is not None and (self.state.best is None or value < self.state.best)
+        best = value is not None and self._beats(value, self.state.best)
         if best:
             self.state.best = value
         with distributed.agreed():
@@ -170,6 +172,11 @@ class Trainer:
             if self.log is not None:
                 self.log.pause()
 
+    def _beats(self, value: float, best: float | None) -> bool:
+        if best is None:
+            return True
+        return value > best if self.task.best_is_highest else value < best
+
     def _save(self, *, best: bool = False) -> None:
         with distributed.agreed():
             if distributed.is_main():
@@ -179,6 +186,7 @@ class Trainer:
                     task=self.task.name,
                     steps_per_epoch=self.task.steps_per_epoch,
                     data_fingerprint=self.task.data_fingerprint,
+                    entries=self.task.entries(),
                 )
                 self.writer.save(content, best=best)
 

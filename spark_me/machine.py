@@ -1,4 +1,4 @@
-"""What a measurement ran on: a figure without its machine and versions says nothing."""
+"""The machine at hand: a figure without its machine and versions says nothing."""
 
 import datetime
 import platform

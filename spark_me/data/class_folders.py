@@ -1,0 +1,94 @@
+"""Labelled images in class folders, ImageNet's layout: which there are, and a balanced part of them."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torchvision.datasets import ImageFolder
+
+from spark_me.config_finetune import FinetuneDataConfig
+from spark_me.data.randomness import SUBSET, generator_of
+from spark_me.data.reading import EXTENSIONS
+from spark_me.errors import UserError
+
+LISTED = 5
+
+
+class Labelled(NamedTuple):
+    """Images with their classes."""
+
+    paths: list[Path]
+    labels: list[int]
+    """Places in the list of classes."""
+
+
+class LabelledFiles(NamedTuple):
+    """The images of a fine-tuning run."""
+
+    train: Labelled
+    val: Labelled
+    classes: list[str]
+    """Names of the class folders, sorted."""
+
+
+def find_labelled(data: FinetuneDataConfig, seed: int) -> LabelledFiles:
+    """List the training and validation images, of `data.fraction` those that `seed` draws.
+
+    Raises:
+        UserError: if a split or a class is missing, or a class folder is empty.
+    """
+    if data.val_root is None:
+        train, classes = _class_folders(Path(str(data.root)) / "train", f"data.root={data.root}: its train/")
+    else:
+        train, classes = _class_folders(Path(str(data.root)), f"data.root={data.root}")
+    val, val_classes = find_val(data)
+    if val_classes != classes:
+        only = sorted(set(classes) ^ set(val_classes))
+        shown = ", ".join(only[:LISTED]) + (f" and {len(only) - LISTED} more" if len(only) > LISTED else "")
+        raise UserError(
+            f"data.root={data.root}: {len(classes)} classes to train on and {len(val_classes)} to validate on differ "
+            f"(in one of them alone: {shown}): give both the same class folders"
+        )
+    return LabelledFiles(_balanced_part(train, data.fraction, seed), val, classes)
+
+
+def find_val(data: FinetuneDataConfig) -> tuple[Labelled, list[str]]:
+    """The validation images, and the names of their classes.
+
+    Raises:
+        UserError: if they are missing, or a class folder is empty.
+    """
+    if data.val_root is not None:
+        return _class_folders(Path(data.val_root), f"data.val_root={data.val_root}")
+    return _class_folders(Path(str(data.root)) / "val", f"data.root={data.root}: its val/")
+
+
+def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
+    if not root.is_dir():
+        raise UserError(f"{key}: no such folder: give data.root the folder above train/ and val/, or add data.val_root")
+    try:
+        found = ImageFolder(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
+    except FileNotFoundError:
+        raise UserError(f"{key}: has no class folders: put each class's images in a folder of its own") from None
+    if len(found.classes) < 2:
+        raise UserError(f"{key}: has one class folder alone: put each class's images in a folder of its own")
+    used = set(found.targets)
+    empty = [name for name, label in found.class_to_idx.items() if label not in used]
+    if empty:
+        shown = ", ".join(empty[:LISTED])
+        raise UserError(f"{key}: no images in {len(empty)} class folders ({shown}): fill or remove them")
+    return Labelled([Path(path) for path, _ in found.samples], list(found.targets)), list(found.classes)
+
+
+def _balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
+    """The same share of every class, at least one image of each, in their order."""
+    if fraction == 1:
+        return images
+    places: dict[int, list[int]] = {}
+    for place, label in enumerate(images.labels):
+        places.setdefault(label, []).append(place)
+    kept: list[int] = []
+    for label, own in places.items():
+        order = torch.randperm(len(own), generator=generator_of(SUBSET, seed, 0, label)).tolist()
+        kept += [own[place] for place in order[: max(1, round(fraction * len(own)))]]
+    return Labelled([images.paths[place] for place in sorted(kept)], [images.labels[place] for place in sorted(kept)])

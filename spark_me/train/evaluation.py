@@ -1,0 +1,119 @@
+"""`spark-me evaluate`: the accuracy of a classifier on the validation images of a configuration."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spark_me.config_finetune import FinetuneConfig
+from spark_me.data.class_folders import find_val
+from spark_me.data.labelled import held_out_labelled
+from spark_me.data.loaders import held_out_loader
+from spark_me.errors import UserError
+from spark_me.files import require_folder, write_text
+from spark_me.train.accuracy import Predictions, predict_all
+from spark_me.train.classifier import load_classifier
+from spark_me.train.confusion import plot_confusion
+from spark_me.train.precision import Precision, pick_device
+
+ON_SCREEN = 40
+"""Most classes whose table is printed."""
+
+
+class Evaluation(NamedTuple):
+    """What was measured; shares of 1."""
+
+    weights: str
+    """As they were named."""
+    images: int
+    loss: float
+    """Mean cross-entropy."""
+    top1: float
+    top5: float
+    """1 with five classes or fewer."""
+    classes: list[dict[str, Any]]
+    """Of each class its name, number of images and top-1; None without images."""
+    confusion: list[list[int]]
+    """[true class][predicted class]: images."""
+    unreadable: list[tuple[str, str]]
+    """(path, reason) of images that were left out."""
+
+
+def evaluate(
+    config: FinetuneConfig, weights: str, *, raw: bool = False, json_file: Path | None = None, out: Path | None = None
+) -> Evaluation:
+    """Measure a classifier under the test crop of a configuration, and print the result.
+
+    Args:
+        config: names the encoder and the validation images.
+        weights: a fine-tuning checkpoint, or a published name, path or URL of any known layout with a classifier.
+        raw: take a checkpoint's weights themselves, not their moving average.
+        json_file: where all figures are written.
+        out: folder for confusion.png.
+
+    Raises:
+        UserError: if the weights do not fit encoder or classes, or images are missing or unreadable.
+    """
+    if json_file is not None:
+        require_folder(json_file)
+    images, classes = find_val(config.data)
+    network = load_classifier(config, weights, classes, raw=raw)
+    device = pick_device(config.run.device)
+    precision = Precision(config.train.precision, device)
+    batches = held_out_loader(held_out_labelled(images, config), config, pin_memory=device.type == "cuda")
+    with precision.products():
+        own, unreadable = predict_all({"": network.to(device)}, batches, device, precision.autocast)
+    _require_most(unreadable, len(images.paths), config.data.max_unreadable)
+    result = _summary(f"{weights} (raw weights)" if raw else weights, classes, own[""], unreadable)
+    _print(result)
+    if json_file is not None:
+        write_text(json_file, json.dumps(result._asdict(), indent=1) + "\n")
+        print(f"figures   {json_file}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        plot_confusion(result.confusion, classes, out / "confusion.png")
+        print(f"look at   {out / 'confusion.png'}")
+    return result
+
+
+def confusion_of(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """int64 [K, K]: how many images of each true class (row) are taken for each class (column)."""
+    return torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+
+
+def _summary(
+    weights: str, classes: list[str], predictions: Predictions, unreadable: list[tuple[str, str]]
+) -> Evaluation:
+    images, loss, top1, top5 = predictions.sums
+    confusion = confusion_of(predictions.labels, predictions.predicted, len(classes))
+    counts, right = confusion.sum(dim=1).tolist(), confusion.diag().tolist()
+    table = [
+        {"class": name, "images": count, "top1": hits / count if count else None}
+        for name, count, hits in zip(classes, counts, right)
+    ]
+    shares = (loss / images, top1 / images, top5 / images)
+    return Evaluation(weights, int(images), *shares, table, confusion.tolist(), unreadable)
+
+
+def _require_most(unreadable: list[tuple[str, str]], images: int, share: float) -> None:
+    if len(unreadable) > share * images or len(unreadable) == images:
+        path, reason = unreadable[0]
+        raise UserError(
+            f"{path}: unreadable ({reason}), as {len(unreadable)} of {images} validation images are: repair or remove "
+            f"them, or raise data.max_unreadable={share}"
+        )
+
+
+def _print(result: Evaluation) -> None:
+    print(f"{result.weights}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
+    skipped = f", {len(result.unreadable)} unreadable ones left out" if result.unreadable else ""
+    print(f"on {result.images} images of {len(result.classes)} classes{skipped}")
+    if len(result.classes) > ON_SCREEN:
+        return
+    width = max(len("class"), *(len(row["class"]) for row in result.classes))
+    print(f"{'class':<{width}}  images   top-1")
+    for row in result.classes:
+        accuracy = "-" if row["top1"] is None else f"{row['top1']:.1%}"
+        print(f"{row['class']:<{width}}  {row['images']:>6}  {accuracy:>6}")

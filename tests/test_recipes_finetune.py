@@ -1,0 +1,132 @@
+"""Every fine-tuning recipe: its numbers are the published ones, and its network takes a step."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny_finetune import write_classes
+
+from spark_me.config import FinetuneConfig, load_config
+from spark_me.data.class_folders import find_labelled
+from spark_me.train.checkpoint import TrainState
+from spark_me.train.finetuning import Finetuning
+from spark_me.train.loop import Stepper
+from spark_me.train.optim import build_optimizer
+from spark_me.train.precision import Precision
+from spark_me.train.schedules import build_schedule
+
+FINETUNE = Path(__file__).parents[1] / "configs" / "finetune"
+IMAGENET = 1_281_167
+CPU = torch.device("cpu")
+
+
+class Recipe(NamedTuple):
+    """A recipe as published. Learning rates are at its total batch."""
+
+    encoder: str
+    batch_size: int
+    optimizer: str
+    lr: float
+    weight_decay: float
+    layer_decay: float
+    epochs: int
+    warmup_epochs: int
+    first_lr: float
+    last_lr: float
+    loss: str
+    mixup: float
+    copies: int
+    ema: float | None
+    drop_path: float
+    test_resize: int
+    stem_scale: float
+    """The stem's share of the learning rate: the decay to the power of the groups behind it."""
+
+
+# fmt: off
+RECIPES = {
+    "resnet50_8xb256-coslr-300e_in1k": Recipe(
+        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 1.6e-6, 1e-6, "bce", 0.1, 1, None, 0.05, 236, 0.0823543),
+    "convnextv2-tiny_8xb256-coslr-300e_in1k": Recipe(
+        "convnextv2_tiny", 2048, "adamw", 3.2e-3, 0.05, 0.7, 300, 20, 3.2e-7, 1e-5, "ce", 0.8, 3, 0.9999, 0.1, 256,
+        0.0823543),
+    "resnet50_official-300e_in1k": Recipe(
+        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 8e-5, 1.6e-5, "bce", 0.1, 1, 0.9999, 0.05, 236, 0.0823543),
+    "resnet101_official-300e_in1k": Recipe(
+        "resnet101", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0549756),
+    "resnet152_official-300e_in1k": Recipe(
+        "resnet152", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0439805),
+    "resnet200_official-300e_in1k": Recipe(
+        "resnet200", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0180144),
+    "convnext-small_official-400e_in1k": Recipe(
+        "convnext_small", 4096, "adamw", 3.2e-3, 0.01, 0.7, 400, 20, 1.6e-5, 3.2e-6, "ce", 0.8, 3, 0.9999, 0.3, 236,
+        0.00968890),
+    "convnext-base_official-400e_in1k": Recipe(
+        "convnext_base", 4096, "adamw", 1.6e-3, 0.01, 0.7, 400, 20, 8e-6, 1.6e-6, "ce", 0.8, 3, 0.9999, 0.4, 236,
+        0.00968890),
+    "convnext-large_official-200e_in1k": Recipe(
+        "convnext_large", 4096, "adamw", 1.6e-3, 0.02, 0.7, 200, 10, 8e-6, 1.6e-6, "ce", 0.8, 3, 0.9999, 0.5, 236,
+        0.00968890),
+}
+# fmt: on
+
+
+def load(name: str, *overrides: str) -> FinetuneConfig:
+    return load_config(FINETUNE / f"{name}.yaml", ["weights=none", *overrides], schema=FinetuneConfig)
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    names = {path.stem for path in FINETUNE.glob("*.yaml") if not path.stem.startswith("base")}
+    assert names == {*RECIPES, "small"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_numbers_and_curves_are_the_published_ones(name: str) -> None:
+    recipe, config = RECIPES[name], load(name, "data.root=imagenet")
+    model, data, train = config.model, config.data, config.train
+    assert (model.encoder, model.drop_path) == (recipe.encoder, recipe.drop_path)
+    assert (data.train_crop, data.crop_scale, data.flip, data.interpolation) == (224, [0.08, 1.0], 0.5, "bicubic")
+    assert (data.trivial_augment, data.erasing, data.repeated_augmentation) == (True, 0.25, recipe.copies)
+    assert (data.test_resize, data.test_crop, data.fraction) == (recipe.test_resize, 224, 1.0)
+    assert [255 * value for value in data.mean or []] == pytest.approx([123.675, 116.28, 103.53])
+    assert [255 * value for value in data.std or []] == pytest.approx([58.395, 57.12, 57.375])
+    assert (config.optim.name, config.optim.betas, config.optim.clip_norm) == (recipe.optimizer, [0.9, 0.999], None)
+    assert config.optim.layer_decay == recipe.layer_decay
+    assert (train.loss, train.label_smoothing, train.mixup, train.cutmix) == (recipe.loss, 0.1, recipe.mixup, 1.0)
+    assert (train.ema, train.batch_size, train.epochs) == (recipe.ema, recipe.batch_size, recipe.epochs)
+    each = IMAGENET // recipe.batch_size
+    schedule = build_schedule(config, each)
+    last = recipe.epochs * each - 1
+    assert schedule.lr(0) == pytest.approx(recipe.first_lr)
+    assert schedule.lr(recipe.warmup_epochs * each) == pytest.approx(recipe.lr)
+    assert schedule.lr(last) == pytest.approx(recipe.last_lr)
+    half_way = recipe.warmup_epochs * each + (last - recipe.warmup_epochs * each) / 2
+    assert schedule.lr(round(half_way)) == pytest.approx((recipe.lr + recipe.last_lr) / 2, rel=1e-3)
+    assert {schedule.decay(step) for step in (0, last // 2, last)} == {recipe.weight_decay}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "small"])
+def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> None:
+    # As published but for the size of image and batch, and the precision.
+    small = ["data.train_crop=32", "data.test_resize=36", "data.test_crop=32", "data.workers=0", "data.cache=true"]
+    images = write_classes(tmp_path / "images", train=2, val=1)
+    config = load(name, f"data.root={images}", *small, "train.batch_size=6", "train.precision=fp32")
+    task = Finetuning(config, find_labelled(config.data, 0), CPU)
+    precision = Precision("fp32", CPU)
+    optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
+    schedule = build_schedule(config, task.steps_per_epoch)
+    state = TrainState(task.model, optimizer, precision.scaler)
+    before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
+    stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
+    values = stepper.step([next(iter(task.batches(0, 0)))])
+    assert values["loss"] > 0
+    head = next(key for key in before if key.endswith(("fc.weight", "classifier.2.weight")))
+    assert not torch.equal(task.model.state_dict()[head], before[head])
+    rates = {group["lr"] / schedule.lr(0) for group in optimizer.param_groups}
+    assert max(rates) == pytest.approx(1.0)
+    stem = RECIPES[name].stem_scale if name in RECIPES else 0.7**7
+    assert min(rates) == pytest.approx(stem, rel=1e-5)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, config.optim.weight_decay}
+    if task.ema is not None:
+        torch.testing.assert_close(task.ema.module.state_dict()[head], task.model.state_dict()[head])
