@@ -134,7 +134,7 @@ def test_shards_are_measured_and_checked(
 ) -> None:
     pattern = write_shards(tmp_path)
     write_shard(tmp_path / "04.tar", {"x.png": b"no image", "y.png": png(99)})
-    config = write(pattern.replace("03", "04"), kind="webdataset", workers=workers)
+    config = write(pattern.replace("03}", "04}"), kind="webdataset", workers=workers)
     assert cli.main(["data", "stats", str(config), "--json", str(tmp_path / "s.json")]) == 0
     values = np.stack([np.asarray(Image.open(BytesIO(png(number)))) for number in (*range(24), 99)]) / 255
     figures = json.loads((tmp_path / "s.json").read_text())

@@ -55,7 +55,7 @@ def test_held_out_shards_are_read_at_any_place(pattern: str) -> None:
 
 def test_missing_and_damaged_shards(pattern: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file: .*04.tar \(1 of 5 shards are missing\)"):
-        find_files(DataConfig(kind="webdataset", root=pattern.replace("03", "04")))
+        find_files(DataConfig(kind="webdataset", root=pattern.replace("03}", "04}")))
     second = tmp_path / "01.tar"
     second.write_bytes(second.read_bytes()[:6000])
     with pytest.raises(UserError, match="cannot be read beyond its first . images"):
