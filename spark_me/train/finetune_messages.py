@@ -39,7 +39,7 @@ def say_end(task: Finetuning, run: RunDirectory) -> None:
     average = "" if task.ema is None else " of the averaged weights"
     print(
         f"top-1 {last[task.best_by]:.2%}{average} after the last step, "
-        f"{best[task.best_by]:.2%} at best (epoch {best['epoch']:g})"
+        f"{best[task.best_by]:.2%} at best (step {best['step']})"
     )
     print(f"look at   {run.loss_plot}")
     print(f"curves    {command_text('tensorboard')} --logdir {run.tensorboard}")
