@@ -1,17 +1,15 @@
 """What is measured: an encoder, a batch, a mask, a device and a precision."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spark_me import masking
 from spark_me.decoder import Decoder
-from spark_me.encoders import build_encoder
+from spark_me.encoders import patch_size_of
 from spark_me.engine.record import installed_record
 from spark_me.errors import UserError
 
@@ -39,7 +37,7 @@ class Case:
     @property
     def patch_size(self) -> int:
         """P, the encoder's total stride."""
-        return _total_stride(self.encoder)
+        return patch_size_of(self.encoder)
 
     @property
     def patches(self) -> int:
@@ -105,12 +103,6 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@functools.cache
-def _total_stride(encoder: str) -> int:
-    built: Any = build_encoder(encoder)
-    return built.total_stride
 
 
 def _check_device(device: str) -> None:

@@ -102,8 +102,12 @@ def list_encoders() -> list[str]:
 
 
 def patch_size_of(name: str) -> int:
-    """P, the total stride of an encoder of `list_encoders()`."""
-    return ENCODERS[name].total_stride
+    """P, the total stride of an encoder, which need not be built for it.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    return _entry(name).total_stride
 
 
 def register_encoder(
@@ -141,9 +145,13 @@ def build_encoder(name: str, in_channels: int = 3, drop_path: float | None = Non
         UserError: for an unknown name.
         EngineError: if MinkowskiEngine is missing.
     """
+    entry = _entry(name)
+    return entry.build(in_channels, entry.drop_path if drop_path is None else drop_path)
+
+
+def _entry(name: str) -> EncoderEntry:
     if name not in ENCODERS:
         close = difflib.get_close_matches(name, ENCODERS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(ENCODERS)}"
         raise UserError(f"unknown encoder {name!r}: {hint}")
-    entry = ENCODERS[name]
-    return entry.build(in_channels, entry.drop_path if drop_path is None else drop_path)
+    return ENCODERS[name]
