@@ -27,11 +27,8 @@ def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory)
     Raises:
         UserError: if they cannot be had, or are of another encoder.
     """
+    path = locate(source, "model.init_from=")
     with distributed.agreed():
-        if distributed.is_main():
-            locate(source, "model.init_from=")  # one process downloads, the others find the file in the cache
-    with distributed.agreed():
-        path = locate(source, "model.init_from=")
         loaded = load_weights(model, path)
     with distributed.agreed():
         if distributed.is_main():

@@ -22,23 +22,33 @@ def start_from(network: nn.Module, config: FinetuneConfig) -> str:
     """
     if config.weights == SCRATCH:
         return "random weights"
-    with distributed.agreed():
-        if distributed.is_main():
-            locate(config.weights, "weights=")  # one process downloads, the others find the file in the cache
+    path = locate(config.weights, "weights=")
     with distributed.agreed():
         # Whatever classifier the file has is of other classes, so it is loaded into a network that has none.
         encoder = build_network(config.model.encoder, None, config.model.in_channels)
-        loaded = load_weights(encoder, locate(config.weights, "weights="))
+        loaded = load_weights(encoder, path)
         network.load_state_dict(encoder.state_dict(), strict=False)
     return f"the encoder in {config.weights} ({loaded.layout} layout) and a new classifier"
 
 
 def locate(source: str, key: str) -> Path:
-    """The file of a published name, a path or URL; downloaded if need be. `key` is where it was given, for messages.
+    """The file of a published name, a path or URL; downloaded if need be. Every process calls it.
+
+    Args:
+        source: what was given.
+        key: where it was given, for messages.
 
     Raises:
         UserError: if there is none.
     """
+    with distributed.agreed():
+        if distributed.is_main():
+            _find(source, key)  # one process downloads, the others find the file in the cache
+    with distributed.agreed():
+        return _find(source, key)
+
+
+def _find(source: str, key: str) -> Path:
     if source in PUBLISHED:
         return local_file(PUBLISHED[source].url)
     path = local_file(source)
