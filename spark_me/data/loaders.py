@@ -34,8 +34,7 @@ def train_loader(
 ) -> DataLoader[Any]:
     """`Batch`es from `first_step` to the last of the run's `steps`: this process's share, in micro-batches."""
     reader = _reader(config, train_transform)
-    order = {"seed": config.run.seed, "first_step": first_step, "rank": rank, "world_size": world_size}
-    order["accumulate"] = config.train.accumulate
+    order = _order(config, first_step, rank, world_size)
     size, data = config.train.batch_size, config.data
     if isinstance(files.train, Shards):
         stream = ShardSampler(files.train, size, steps, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
@@ -56,20 +55,11 @@ def labelled_train_loader(
     pin_memory: bool,
 ) -> DataLoader[Any]:
     """The same, with labels."""
-    data, train = config.data, config.train
+    data = config.data
     reader = labelled_reader(augmentation(data, config.model.in_channels), config)
     dataset = LabelledTrainDataset(images, reader, repeats=data.repeats, most_unreadable=most_unreadable)
-    sampler = StepSampler(
-        len(dataset),
-        train.batch_size,
-        steps,
-        seed=config.run.seed,
-        first_step=first_step,
-        rank=rank,
-        world_size=world_size,
-        accumulate=train.accumulate,
-        copies=data.repeated_augmentation,
-    )
+    order = _order(config, first_step, rank, world_size)
+    sampler = StepSampler(len(dataset), config.train.batch_size, steps, copies=data.repeated_augmentation, **order)
     return _loader(dataset, sampler, data.workers, pin_memory)
 
 
@@ -85,6 +75,17 @@ def held_out_loader(
     batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))
     sampler = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
     return _loader(dataset, sampler, config.data.workers, pin_memory)
+
+
+def _order(config: AnyConfig, first_step: int, rank: int, world_size: int) -> dict[str, int]:
+    """What decides which samples a process gets at each step, whichever sampler hands them out."""
+    return {
+        "seed": config.run.seed,
+        "first_step": first_step,
+        "rank": rank,
+        "world_size": world_size,
+        "accumulate": config.train.accumulate,
+    }
 
 
 def _reader(config: Config, transform: Callable[[DataConfig, Sequence[int], int, int], Transform]) -> Reader:
