@@ -6,7 +6,7 @@ DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format doctor docker-check clean
+.PHONY: help setup demo test test-cuda lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
 test: setup ## run the tests
 	@# A file a process; one thread each, as threads of several processes wait for each other.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+test-cuda: setup ## run the tests that need a GPU
+	@$(BIN)/python -m pytest -q -m gpu
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check

