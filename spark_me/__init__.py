@@ -63,6 +63,7 @@ def build_model(
     decoder_width: int = 512,
     drop_path: float | None = None,
     backend: str = "fused",
+    zero_init_residual: bool = True,
 ) -> "SparK":
     """Build a SparK model with random weights.
 
@@ -74,14 +75,17 @@ def build_model(
         decoder_width: channels of the decoder at its deepest scale.
         drop_path: stochastic depth; the encoder's published default when None.
         backend: how sparse layers compute.
+        zero_init_residual: start ResNets' residual branches at zero, as published; False: at full strength, which a run
+            of a few thousand steps needs.
 
     Raises:
-        UserError: for an unknown encoder, a size or ratio that does not fit.
+        UserError: for an unknown encoder, a size or ratio that does not fit, or no branches that start at zero.
         EngineError: if MinkowskiEngine is missing.
     """
     from spark_me.encoders import build_encoder
     from spark_me.spark import SparK
 
-    return SparK(
-        build_encoder(encoder, in_channels, drop_path), image_size, in_channels, mask_ratio, decoder_width, backend
-    )
+    built = build_encoder(encoder, in_channels, drop_path)
+    if not zero_init_residual:
+        built.open_residuals()
+    return SparK(built, image_size, in_channels, mask_ratio, decoder_width, backend)

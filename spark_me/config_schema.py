@@ -23,6 +23,9 @@ class ModelConfig:
     """Channels at the decoder's entry."""
     drop_path: float | None = None
     """Largest stochastic-depth rate; null takes the encoder's default."""
+    zero_init_residual: bool = True
+    """Start ResNets' residual branches at zero, as published. In a run of a few thousand steps they open too little to
+    be of use: there, false."""
     init_from: str | None = None
     """Weights to start from: a published name, a path or URL of any known layout, whole model or encoder alone. null:
     random. Not read again by a run that goes on from its own checkpoint."""

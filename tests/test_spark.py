@@ -191,3 +191,15 @@ def test_unknown_encoder_names_the_nearest():
 def test_decoder_width_that_cannot_be_halved_is_refused():
     with pytest.raises(spark_me.UserError, match="multiple of 32"):
         spark_me.build_model("resnet18", decoder_width=100)
+
+
+def test_residual_branches_start_at_zero_or_open():
+    for name, norm in (("resnet18", "bn2"), ("resnet50", "bn3")):
+        closed = spark_me.build_model(name, decoder_width=32).encoder.state_dict()
+        opened = spark_me.build_model(name, decoder_width=32, zero_init_residual=False).encoder.state_dict()
+        last = {key for key in closed if key.startswith("layer") and key.endswith(f"{norm}.weight")}
+        assert last and all((closed[key] == 0).all() and (opened[key] == 1).all() for key in last)
+        others = {key for key in closed if key.endswith(".weight") and "bn" in key} - last
+        assert all((closed[key] == 1).all() and (opened[key] == 1).all() for key in others)
+    with pytest.raises(spark_me.UserError, match="ConvNeXt starts no residual branch at zero"):
+        spark_me.build_model("convnextv2_atto", decoder_width=32, zero_init_residual=False)

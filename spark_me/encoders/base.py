@@ -3,6 +3,7 @@
 from torch import nn
 
 from spark_me import sparse
+from spark_me.errors import UserError
 from spark_me.sparse import SparseTensor
 
 
@@ -26,3 +27,11 @@ class SparseEncoder(nn.Module):
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
         """Features of every scale, shallow to deep, of a sparse image at stride 1."""
         raise NotImplementedError
+
+    def open_residuals(self) -> None:
+        """Start residual branches at full strength, where the encoder starts them at zero.
+
+        Raises:
+            UserError: if it does not.
+        """
+        raise UserError(f"{type(self).__name__} starts no residual branch at zero: leave out zero_init_residual=false")

@@ -110,6 +110,12 @@ class ResNet(SparseEncoder):
             features.append(x)
         return features
 
+    def open_residuals(self) -> None:
+        """Start the last norm of every block at one, as torchvision does."""
+        for module in self.modules():
+            if isinstance(module, BasicBlock | Bottleneck):
+                nn.init.ones_(module.last_norm.weight)
+
     def _initialise(self) -> None:
         """He initialisation by fan-out, as torchvision; the last norm of every block starts at zero, as timm."""
         for module in self.modules():
