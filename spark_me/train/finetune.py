@@ -13,10 +13,13 @@ from spark_me.train.starting_weights import start_from
 from spark_me.train.trainer import Trainer
 
 
-def finetune(config: FinetuneConfig) -> None:
+def finetune(config: FinetuneConfig) -> bool:
     """Run a configuration to its end, from the newest checkpoint of its directory if there is one.
 
     With several processes, call it in each, within `distributed.process_group()`.
+
+    Returns:
+        False if a signal asked to stop before the end.
 
     Raises:
         UserError: for anything in the configuration, the data, the weights or the directory that stands in the way.
@@ -39,3 +42,4 @@ def finetune(config: FinetuneConfig) -> None:
             say_end(task, run)
         else:
             say_stopped(config, trainer.state.step, checkpoint_path(run.checkpoints, trainer.state.step))
+    return complete
