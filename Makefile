@@ -6,7 +6,7 @@ DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cuda lint format doctor docker-check clean
+.PHONY: help setup demo demo-finetune test test-cuda lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -16,6 +16,11 @@ setup: ## make .venv with torch, the engine and this package
 
 demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
 	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml
+
+demo-finetune: setup ## pretrain on digits, fine-tune on few labels, compare with scratch; runs/demo_finetune
+	@$(BIN)/spark-me data digits runs/demo_finetune/digits
+	@$(BIN)/spark-me pretrain configs/demo/digits_pretrain.yaml
+	@$(BIN)/spark-me compare configs/demo/digits_finetune.yaml
 
 test: setup ## run the tests
 	@# A file a process; one thread each, as threads of several processes wait for each other.

@@ -17,6 +17,9 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     _add_config(check)
     check.add_argument("--out", type=Path, metavar="FILE", help="list the unreadable ones there, not on the screen")
     check.set_defaults(run=_check)
+    digits = actions.add_parser("digits", help="write scikit-learn's digits as labelled images, for a demo")
+    digits.add_argument("folder", type=Path, metavar="FOLDER", help="gets train/ and val/")
+    digits.set_defaults(run=_digits)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -38,3 +41,9 @@ def _check(args: argparse.Namespace) -> int:
     from spark_me.data.check import check
 
     return check(load_config(args.config, args.overrides, unchecked=("data.mean", "data.std")), args.out)
+
+
+def _digits(args: argparse.Namespace) -> None:
+    from spark_me.data.digits import write_digits
+
+    write_digits(args.folder)

@@ -1,0 +1,48 @@
+"""`spark-me data digits`: scikit-learn's images, whole, in folders of their digits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from spark_me import cli
+from spark_me.config import FinetuneConfig
+from spark_me.data.class_folders import find_labelled
+from spark_me.data.digits import write_digits
+
+
+def test_digits_are_split_once_and_look_like_the_originals(tmp_path: Path) -> None:
+    assert cli.main(["data", "digits", str(tmp_path / "digits")]) == 0
+    config = FinetuneConfig().data
+    config.root = str(tmp_path / "digits")
+    train, val, classes = find_labelled(config, seed=0)
+    assert classes == [str(digit) for digit in range(10)]
+    digits = load_digits()
+    places = [int(path.stem) for path in (*train.paths, *val.paths)]
+    assert sorted(places) == list(range(1797)), "every image is in one of the two parts"
+    assert [*train.labels, *val.labels] == digits.target[places].tolist()
+    of_val = np.bincount(val.labels)
+    assert (np.abs(of_val / np.bincount(digits.target) - 0.2) < 0.005).all()
+    for path in val.paths[::40]:
+        with Image.open(path) as image:
+            assert (image.mode, image.size) == ("L", (64, 64))
+            means = np.asarray(image, dtype=float).reshape(8, 8, 8, 8).mean(axis=(1, 3))
+        original = digits.images[int(path.stem)]
+        assert np.corrcoef(means.ravel(), original.ravel())[0, 1] > 0.97
+
+
+def test_what_is_there_already_stays(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    next(iter(times)).unlink()
+    write_digits(tmp_path)
+    changed = [path for path, time in times.items() if path.stat().st_mtime_ns != time]
+    assert changed == [next(iter(times))]
+
+
+def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "digits").write_text("")
+    assert cli.main(["data", "digits", str(tmp_path / "digits")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
