@@ -80,7 +80,7 @@ CUDA_EDITS: tuple[Edit, ...] = (
         find="    return std::unique_ptr<Self, std::function<void(Self*)>>{\n",
         replace="    return std::shared_ptr<Self>{\n",
         count=1,
-        reason="Its only user made the unique pointer a shared one. For that g++'s library calls a helper by a name that "
+        reason="Its only user made the unique pointer shared. For that g++'s library calls a helper by a name that "
         "CUDA 13 has too: the type of the map makes the call ambiguous.",
         applies=cuda,
     ),
