@@ -37,6 +37,15 @@ CUDA_EDITS: tuple[Edit, ...] = (
         applies=cuda,
     ),
     Edit(
+        name="tensor-header",
+        files="src/spmm.cu",
+        find="#include <ATen/cuda/CUDAContext.h>\n#include <ATen/cuda/CUDAUtils.h>\n",
+        replace="#include <ATen/core/Tensor.h>\n#include <ATen/cuda/CUDAContext.h>\n#include <ATen/cuda/CUDAUtils.h>\n",
+        count=1,
+        reason="Newer torch's CUDAUtils.h looks into tensors whose declaration it leaves to others.",
+        applies=cuda,
+    ),
+    Edit(
         name="thrust-headers-map",
         files="src/3rdparty/concurrent_unordered_map.cuh",
         find="#include <thrust/pair.h>\n#include <thrust/count.h>\n",
