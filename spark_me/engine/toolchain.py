@@ -10,7 +10,7 @@ from spark_me.engine.packages import scripts_path
 from spark_me.errors import EngineError
 
 # What a translation unit with torch's headers takes at its peak, of g++ and of nvcc's own compiler.
-BYTES_PER_JOB = {"cpu": 2.5 * 2**30, "cuda": 3.5 * 2**30}
+BYTES_PER_JOB = {"cpu": 2.5 * 2**30, "cuda": 4.0 * 2**30}
 
 
 def find_compiler() -> str | None:

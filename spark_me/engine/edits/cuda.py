@@ -55,6 +55,15 @@ CUDA_EDITS: tuple[Edit, ...] = (
         applies=cuda,
     ),
     Edit(
+        name="thrust-for-nvcc",
+        files="src/utils.hpp",
+        find="#ifndef CPU_ONLY\n",
+        replace="#ifdef __CUDACC__\n",
+        count=2,
+        reason="The sources that g++ compiles have no use for thrust, and CUDA 13 put it where only nvcc looks.",
+        applies=cuda,
+    ),
+    Edit(
         name="unary-function",
         files="src/coordinate_map_functors.cuh",
         find="struct find_coordinate\n    : public thrust::unary_function<uint32_t,\n"
