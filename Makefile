@@ -6,7 +6,7 @@ DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-finetune test test-cuda lint format doctor docker-check clean
+.PHONY: help setup demo demo-finetune test test-cuda check-cuda lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,10 @@ test: setup ## run the tests
 
 test-cuda: setup ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -q -m gpu
+
+check-cuda: setup ## compile and link the engine for GPUs; needs nvcc but no GPU
+	@# The key of the cache holds all that decides a build: what was built before is not compiled again.
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(BIN)/spark-me engine install --cuda --build-only
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check

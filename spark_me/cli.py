@@ -152,6 +152,9 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     target.add_argument("--cuda", dest="device", action="store_const", const="cuda", help="force a CUDA build")
     install.add_argument("--source", type=Path, help="a MinkowskiEngine source archive on disk, instead of a download")
     install.add_argument("--rebuild", action="store_true", help="build again even if a cached wheel fits")
+    install.add_argument(
+        "--build-only", action="store_true", help="build into the cache and try to load it; install nothing"
+    )
     install.set_defaults(run=_engine_install)
     info = actions.add_parser("info", help="what is installed, what is cached, what a build would use")
     info.set_defaults(run=_engine_info)
@@ -160,7 +163,7 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
 def _engine_install(args: argparse.Namespace) -> None:
     from spark_me.engine.install import install
 
-    install(device=args.device, source=args.source, rebuild=args.rebuild)
+    install(device=args.device, source=args.source, rebuild=args.rebuild, build_only=args.build_only)
 
 
 def _engine_info(args: argparse.Namespace) -> None:

@@ -176,7 +176,7 @@ def environment(miniature, monkeypatch):
     monkeypatch.setattr(install, "build_wheel", counted_build)
     monkeypatch.setattr(install, "install_packages", put)
     monkeypatch.setattr(install, "installed_record", lambda: installed["record"])
-    monkeypatch.setattr(install, "import_problem", lambda: installed["problem"])
+    monkeypatch.setattr(install, "import_problem", lambda wheel=None: installed["problem"])
     return done, installed
 
 
@@ -201,6 +201,33 @@ def test_an_engine_that_does_not_import_is_installed_again_and_reported(environm
     with pytest.raises(EngineError, match=r"undefined symbol.*--rebuild"):
         install.install()
     assert done == ["built", "installed", "installed"]
+
+
+def test_build_only_fills_the_cache_and_installs_nothing(environment, capsys):
+    done, installed = environment
+    install.install(build_only=True)
+    install.install(build_only=True)
+    assert done == ["built"]
+    assert "is built and loads" in capsys.readouterr().out
+    installed["problem"] = "ImportError: undefined symbol: f"
+    with pytest.raises(EngineError, match=r"does not import: ImportError: undefined symbol: f"):
+        install.install(build_only=True)
+    assert done == ["built"]
+
+
+@pytest.mark.parametrize(("text", "problem"), [(b"", None), (b"import no_such_module", "no_such_module")])
+def test_a_wheel_is_tried_without_being_installed(tmp_path, text, problem):
+    with zipfile.ZipFile(tmp_path / "engine.whl", "w") as wheel:
+        wheel.writestr("MinkowskiEngine/__init__.py", text)
+    said = install.import_problem(tmp_path / "engine.whl")
+    assert said is None if problem is None else problem in said
+
+
+def test_a_cuda_build_reads_the_toolkits_headers_before_torchs(monkeypatch, tmp_path):
+    (tmp_path / "cu13" / "include").mkdir(parents=True)
+    monkeypatch.setattr(build, "_nvidia_packages", lambda: tmp_path)
+    assert build._cuda_include_dirs(CUDA) == [CUDA.home / "include", tmp_path / "cu13" / "include"]
+    assert build._cuda_include_dirs(None) == []
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(environment, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The doctor passes a right engine, names a wrong layer, and stays calm without an engine."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,10 @@ import pytest
 import torch
 
 from spark_me import sparse
-from spark_me.engine import info, packages
+from spark_me.engine import checks, info, packages
+from spark_me.engine.check_cases import Case, cases_for
+from spark_me.engine.check_layers import layers
+from spark_me.engine.checks import Variant, run_checks, variants_for
 from spark_me.engine.doctor import run_doctor
 from spark_me.errors import EngineError
 
@@ -19,15 +23,25 @@ CHECKS = [
     "conv 3×3 stride 2",
     "conv 1×1 stride 2",
     "conv 2×2 stride 2",
+    "conv 4×4 stride 4",
+    "conv 3×3 groups 2",
+    "conv 3×3 dilation 2",
+    "depthwise 7×7",
     "max-pool 3×3 stride 2",
+    "average pool 3×3 stride 2",
+    "average pool 2×2 stride 2",
     "batch norm",
+    "layer norm",
+    "response norm",
 ]
+SMALL_CASES = [case for case in cases_for("cuda") if case.sites() < 10_000]
+LINE = re.compile(r"(ok|MISMATCH|FAILED) (.+) \(cpu, (minkowski|fused), (float\d\d)\): (.*)")
 
 
 def verdicts(text):
-    """{check: "ok" or "MISMATCH"} of what the doctor printed."""
-    lines = [line.split(" (cpu): max error ")[0].split(" ", 1) for line in text.splitlines() if "(cpu): max" in line]
-    return {name: verdict for verdict, name in lines}
+    """{check: "ok", "MISMATCH" or "FAILED"} of what the doctor printed."""
+    matches = [LINE.fullmatch(line) for line in text.splitlines()]
+    return {match[2]: match[1] for match in matches if match}
 
 
 def test_the_installed_engine_passes(capsys):
@@ -36,6 +50,41 @@ def test_the_installed_engine_passes(capsys):
     assert verdicts(text) == dict.fromkeys(CHECKS, "ok")
     for name in ("Python", "torch", "torchvision", "MinkowskiEngine", "BLAS", "compiler", "threads", "CUDA"):
         assert any(line.startswith(name) for line in text.splitlines()), name
+
+
+@pytest.mark.gpu
+def test_the_installed_engine_passes_on_the_gpu(capsys):
+    assert run_doctor() == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_both_backends_and_dtypes_pass_the_cases_of_a_gpu(case):
+    results = list(run_checks("cpu", variants_for("cuda"), [case]))
+    assert len(results) == 4 * len(CHECKS)
+    assert [result for result in results if not result.ok] == []
+
+
+def test_the_cases_of_a_gpu_reach_many_blocks_and_both_ways_of_convolving():
+    cases = {case.name: case for case in cases_for("cuda")}
+    largest = max(cases.values(), key=Case.sites)
+    assert largest.sites() > 100_000
+    assert {len(case.visible) for case in cases.values()} >= {1, 64}
+    assert len({case.stride for case in cases.values()}) > 2
+    # The engine multiplies where the rows lie for few channels or sites, and gathers them first for many.
+    assert min(max(case.channels) for case in cases.values()) < 20
+    assert any(case.sites() > 74_556 and min(case.channels) > 20 and case.channels[1] > 40 for case in cases.values())
+    borders = cases["empty borders"].visible
+    assert not borders[:, 0].any()
+    assert not borders[:, :, -1].any()
+    assert borders.flatten(1).any(1).all()
+
+
+def test_maps_leave_no_doubt_which_maximum_is_the_largest():
+    for case in cases_for("cuda"):
+        maps = case.draw_maps()
+        assert torch.equal(maps.float().double(), maps)
+        ordered = maps.flatten(2).sort(dim=2).values
+        assert (ordered.diff(dim=2) > 0).all()
 
 
 class TransposedConv(sparse.Conv2d):
@@ -73,7 +122,7 @@ class SlowBatchNorm(sparse.BatchNorm):
 @pytest.mark.parametrize(
     ("layer", "wrong", "named"),
     [
-        ("Conv2d", TransposedConv, {"conv 3×3", "conv 3×3 stride 2"}),
+        ("Conv2d", TransposedConv, {name for name in CHECKS if name.startswith("conv 3×3")}),
         ("Conv2d", WrongGradientConv, {name for name in CHECKS if name.startswith("conv")}),
         ("MaxPool2d", UnmaskedPool, {"max-pool 3×3 stride 2"}),
         ("BatchNorm", SlowBatchNorm, {"batch norm"}),
@@ -83,6 +132,66 @@ def test_a_wrong_layer_is_named(monkeypatch, capsys, layer, wrong, named):
     monkeypatch.setattr(sparse, layer, wrong)
     assert run_doctor() == 1
     assert {name for name, verdict in verdicts(capsys.readouterr().out).items() if verdict == "MISMATCH"} == named
+
+
+def one_layer(name):
+    return tuple(layer for layer in layers() if layer.name == name)
+
+
+class WrongBeyondThirtyChannels(sparse.LayerNorm):
+    def forward(self, x):
+        out = super().forward(x)
+        return sparse.with_features(out, out.F * (1.001 if out.F.shape[1] > 30 else 1))
+
+
+class NotANumber(sparse.LayerNorm):
+    """On the first case alone."""
+
+    def forward(self, x):
+        out = super().forward(x)
+        return sparse.with_features(out, out.F * (torch.nan if out.F.shape[1] == 4 else 1))
+
+
+class Unrepeatable(sparse.LayerNorm):
+    def forward(self, x):
+        out = super().forward(x)
+        return sparse.with_features(out, out.F * (1 + 1e-12 * torch.rand((), dtype=out.F.dtype)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "case", "ok"),
+    [
+        (WrongBeyondThirtyChannels, "empty borders", False),
+        (NotANumber, "mixed masks", False),
+        (Unrepeatable, None, True),
+    ],
+)
+def test_the_worst_of_many_cases_counts(monkeypatch, wrong, case, ok):
+    monkeypatch.setattr(sparse, "LayerNorm", wrong)
+    monkeypatch.setattr(checks, "layers", lambda: one_layer("layer norm"))
+    (result,) = run_checks("cpu", [Variant("minkowski", torch.float64)], SMALL_CASES)
+    assert result.ok == ok
+    assert case in (None, result.case)
+    assert result.repeatable == (wrong is WrongBeyondThirtyChannels)
+
+
+class Unloadable(sparse.LayerNorm):
+    def forward(self, x):
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with …")
+
+
+def test_a_layer_that_cannot_run_ends_the_checks_with_its_case(monkeypatch, capsys):
+    monkeypatch.setattr(sparse, "LayerNorm", Unloadable)
+    assert run_doctor() == 1
+    text = capsys.readouterr().out
+    assert verdicts(text) == dict.fromkeys(CHECKS[:-2], "ok") | {"layer norm": "FAILED"}
+    assert "layer norm (cpu, minkowski, float64): CUDA error: no kernel image is available, at mixed masks\n" in text
+
+
+def test_a_difference_between_two_runs_is_told_and_allowed(monkeypatch, capsys):
+    monkeypatch.setattr(sparse, "LayerNorm", Unrepeatable)
+    assert run_doctor() == 0
+    assert "two runs differ in their last bits, which is allowed: layer norm (cpu" in capsys.readouterr().out
 
 
 def run_without_engine(code, **environment):

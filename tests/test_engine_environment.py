@@ -52,20 +52,23 @@ def test_missing_build_packages_are_named(monkeypatch):
         toolchain.require_build_packages()
 
 
-@pytest.mark.parametrize(("free", "cores", "jobs"), [(100, 4, 4), (6, 4, 2), (1, 4, 1), (None, 3, 3)])
-def test_jobs_are_bounded_by_cores_and_memory(monkeypatch, free, cores, jobs):
+@pytest.mark.parametrize(
+    ("device", "free", "cores", "jobs"),
+    [("cpu", 99, 4, 4), ("cpu", 6, 4, 2), ("cuda", 6, 4, 1), ("cuda", 8, 4, 2), ("cpu", 1, 4, 1), ("cuda", None, 3, 3)],
+)
+def test_jobs_are_bounded_by_cores_and_memory(monkeypatch, device, free, cores, jobs):
     monkeypatch.delenv("MAX_JOBS", raising=False)
     monkeypatch.setattr(toolchain.os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(toolchain, "available_memory", lambda: None if free is None else free * 2**30)
-    assert toolchain.parallel_jobs() == jobs
+    assert toolchain.parallel_jobs(device) == jobs
 
 
 def test_jobs_can_be_set_and_must_be_a_number(monkeypatch):
     monkeypatch.setenv("MAX_JOBS", "7")
-    assert toolchain.parallel_jobs() == 7
+    assert toolchain.parallel_jobs("cuda") == 7
     monkeypatch.setenv("MAX_JOBS", "many")
     with pytest.raises(EngineError, match="MAX_JOBS=many"):
-        toolchain.parallel_jobs()
+        toolchain.parallel_jobs("cpu")
 
 
 @pytest.fixture

@@ -83,17 +83,22 @@ def prepare_blas(blas: Blas) -> Blas:
         print(f"installing {blas.requirement}", flush=True)
         install_packages(blas.requirement)
         importlib.invalidate_caches()
-    # Located, not imported: importing it would load the library into this process.
-    spec = importlib.util.find_spec(PYPI_MODULE)
-    if spec is None or not spec.submodule_search_locations:
+    home = package_home()
+    if home is None:
         raise EngineError(f"{blas.requirement} is installed but incomplete: reinstall it with pip --force-reinstall")
-    home = Path(spec.submodule_search_locations[0])
     return replace(
         blas,
         compile_flags=(f"-I{home / 'include'}", *(f"-Dcblas_{name}=scipy_cblas_{name}" for name in _PREFIXED)),
         # The engine's library and the package are neighbours in every environment.
         link_flags=(f"-L{home / 'lib'}", "-lscipy_openblas", f"-Wl,-rpath,$ORIGIN/../{PYPI_MODULE}/lib"),
     )
+
+
+def package_home() -> Path | None:
+    """The installed PyPI package's folder, None if it is not installed."""
+    # Located, not imported: importing it would load the library into this process.
+    spec = importlib.util.find_spec(PYPI_MODULE)
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
 
 def _system_openblas(compiler: str) -> Blas | None:

@@ -135,7 +135,7 @@ def _environment(cuda: Cuda | None) -> dict[str, str]:
     environment = {
         **os.environ,
         "PATH": scripts_path(),
-        "MAX_JOBS": str(parallel_jobs()),
+        "MAX_JOBS": str(parallel_jobs("cpu" if cuda is None else "cuda")),
         # The forms that the progress and the cause are read from, whatever the user's settings.
         "NINJA_STATUS": "[%f/%t] ",
         "LC_ALL": "C",
@@ -146,8 +146,8 @@ def _environment(cuda: Cuda | None) -> dict[str, str]:
 
 
 def _cuda_include_dirs(cuda: Cuda | None) -> list[Path]:
-    """Headers of cuSPARSE and its friends come with torch's nvidia packages, not with nvcc."""
-    return sorted(_nvidia_packages().glob("*/include")) if cuda else []
+    """The toolkit's own headers, then those of torch's nvidia packages: nvcc comes without cuSPARSE and its friends."""
+    return [cuda.home / "include", *sorted(_nvidia_packages().glob("*/include"))] if cuda else []
 
 
 def _cuda_link_flags(cuda: Cuda | None) -> list[str]:

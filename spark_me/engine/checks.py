@@ -1,140 +1,180 @@
-"""Proof of the installed engine: its layers against dense torch on masked images, in float64, forward and backward.
+"""Proof of the installed engine: its layers against dense torch on masked maps, forward and backward.
 
-The references are written out here in plain torch, apart from the rest of spark_me: the input is masked, the dense
-operation runs, its output is masked at the output's resolution.
+Each layer runs with every variant (backend and dtype) on every case, twice; the reference is computed in float64. On a
+GPU, cases of few sites are compared with the engine on the CPU as well.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
 from spark_me import sparse
+from spark_me.engine.check_cases import Case
+from spark_me.engine.check_layers import Layer, Masks, layers
 
-TOLERANCE = 1e-9
-_PATCH = 8
-_GRID = (3, 4)
-_CHANNELS = 4
+_FEW_SITES = 20_000
+Outcome = dict[str, Tensor]
+"""What a layer computed: "output", buffers, and gradients of the maps and of parameters, by name."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a layer computes."""
+
+    backend: str
+    dtype: torch.dtype
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error that counts as agreement."""
+        return 1e-9 if self.dtype == torch.float64 else 1e-4
 
 
 @dataclass(frozen=True)
 class Result:
-    """How far one layer is from dense torch: `error` is relative to the largest value, the worst of all it compares."""
+    """How far a layer is from its references.
 
-    name: str
-    error: float
+    Attributes:
+        layer, device, variant: what ran.
+        error: relative to the largest value, the worst of all that was compared.
+        case: where it was worst.
+        repeatable: whether two runs gave the same bits.
+        problem: why it could not run, "" if it did.
+    """
+
+    layer: str
+    device: str
+    variant: Variant
+    error: float = 0.0
+    case: str = ""
+    repeatable: bool = True
+    problem: str = ""
 
     @property
     def ok(self) -> bool:
-        """Whether the two agree; a NaN does not."""
-        return self.error <= TOLERANCE
+        """Whether they agree; a NaN does not."""
+        return not self.problem and self.error <= self.variant.tolerance
+
+    @property
+    def name(self) -> str:
+        """The layer and how it ran, for people."""
+        return f"{self.layer} ({self.device}, {self.variant.backend}, {str(self.variant.dtype).split('.')[-1]})"
 
 
-@dataclass(frozen=True)
-class Case:
-    """Masked images: random [B, C, H, W] float64 and `visible` bool [B, fh, fw]."""
-
-    images: Tensor
-    visible: Tensor
-
-    def mask(self, stride: int) -> Tensor:
-        """1 at the active sites of a stride, else 0: float64 [B, 1, H/s, W/s]."""
-        side = _PATCH // stride
-        return self.visible[:, None].repeat_interleave(side, 2).repeat_interleave(side, 3).double()
+def variants_for(device: str) -> tuple[Variant, ...]:
+    """On the CPU the engine's own kernels in float64; on a GPU both backends in both dtypes that the engine has."""
+    if device == "cpu":
+        return (Variant("minkowski", torch.float64),)
+    return tuple(Variant(backend, dtype) for backend in sparse.BACKENDS for dtype in (torch.float64, torch.float32))
 
 
-Pairs = Iterator[tuple[Tensor, Tensor]]
-Check = Callable[[Case], Pairs]
+def run_checks(device: str, variants: Sequence[Variant], cases: Sequence[Case]) -> Iterator[Result]:
+    """Compare each layer with its references on `device`: a result for each layer and variant, the worst of all cases.
+
+    Where a layer cannot run, its result is the last one: after an error of the GPU nothing more runs there.
+    """
+    maps_of_cases = [(case, case.draw_maps().to(device)) for case in cases]
+    for layer in layers():
+        results = {variant: Result(layer.name, device, variant) for variant in variants}
+        for case, maps in maps_of_cases:
+            results = _check_case(layer, case, maps, results)
+            if failed := [result for result in results.values() if result.problem]:
+                yield from failed
+                return
+        yield from results.values()
 
 
-def run_checks(device: str) -> Iterator[Result]:
-    """Compare each layer with dense torch on `device`, one result after the other."""
-    with torch.random.fork_rng():
+def _check_case(layer: Layer, case: Case, maps: Tensor, before: Mapping[Variant, Result]) -> dict[Variant, Result]:
+    """The results of a layer so far, with one more case; up to the first variant that cannot run."""
+    results = dict(before)
+    with _full_precision(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        case = _draw_case(device)
-        for name, check in _checks().items():
-            yield Result(f"{name} ({device})", max(_error(ours, reference) for ours, reference in check(case)))
+        parameters = _draw_parameters(layer, case)
+        reference, cotangent = _run_dense(layer, case, parameters, maps)
+        references = [reference]
+        if maps.device.type != "cpu" and case.sites() < _FEW_SITES:
+            on_cpu = Variant("minkowski", torch.float64)
+            references.append(_run_sparse(layer, case, on_cpu, parameters, maps.cpu(), cotangent.cpu()))
+        for variant, result in before.items():
+            try:
+                runs = [_run_sparse(layer, case, variant, parameters, maps, cotangent) for _ in range(2)]
+                results[variant] = _worse(result, case, runs, references)
+            except RuntimeError as error:
+                results[variant] = replace(result, case=case.name, problem=str(error).splitlines()[0])
+                break
+    return results
 
 
-def _checks() -> dict[str, Check]:
-    convolutions = {"conv 1×1": (1, 1), "conv 3×3": (3, 1), "conv 7×7 stride 2": (7, 2), "conv 3×3 stride 2": (3, 2)}
-    convolutions |= {"conv 1×1 stride 2": (1, 2), "conv 2×2 stride 2": (2, 2)}
-    checks: dict[str, Check] = {name: partial(_conv, size=k, stride=s) for name, (k, s) in convolutions.items()}
-    return checks | {"max-pool 3×3 stride 2": _max_pool, "batch norm": _batch_norm}
+def _worse(before: Result, case: Case, runs: Sequence[Outcome], references: Sequence[Outcome]) -> Result:
+    error = torch.tensor([_error(runs[0], reference) for reference in references]).max().item()
+    repeatable = before.repeatable and all(torch.equal(first, runs[1][name]) for name, first in runs[0].items())
+    if math.isnan(before.error) or error <= before.error:
+        return replace(before, repeatable=repeatable)
+    return replace(before, error=error, case=case.name, repeatable=repeatable)
 
 
-def _draw_case(device: str) -> Case:
-    """Random masks, with one image that is all visible and one that shows a single corner patch."""
-    visible = torch.rand(5, *_GRID) < 0.4
-    visible[0] = True
-    visible[1] = False
-    visible[1, -1, -1] = True
-    visible[2:, 0, 0] = True
-    images = torch.randn(5, _CHANNELS, _GRID[0] * _PATCH, _GRID[1] * _PATCH, dtype=torch.float64)
-    return Case(images.to(device), visible.to(device))
+def _draw_parameters(layer: Layer, case: Case) -> Outcome:
+    """The layer's own random kernels, and random values for all that starts at one or zero."""
+    module = layer.make(*case.channels)
+    for parameter in module.parameters():
+        if parameter.dim() == 1 or len(parameter) == 1:
+            nn.init.normal_(parameter)
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
-def _conv(case: Case, size: int, stride: int) -> Pairs:
-    layer = sparse.Conv2d(_CHANNELS, 6, size, stride).to(case.images)
-    kernel = layer.kernel.detach().clone().requires_grad_()
-    # The engine counts kernel offsets with the first spatial axis, y, fastest.
-    weight = kernel.view(size, size, _CHANNELS, 6).permute(3, 2, 1, 0)
-    ours, our_images = _run(case, layer)
-    images = case.images.clone().requires_grad_()
-    padding = size // 2 if size % 2 else 0
-    dense = functional.conv2d(images * case.mask(1), weight, stride=stride, padding=padding) * case.mask(stride)
-    _backward(ours, dense)
-    yield from ((ours, dense), (_grad(our_images), _grad(images)), (_grad(layer.kernel), _grad(kernel)))
+def _run_dense(layer: Layer, case: Case, parameters: Outcome, maps: Tensor) -> tuple[Outcome, Tensor]:
+    """What the layer must compute, and the gradient of its output that was drawn for it (float32 can hold it)."""
+    device = maps.device.type
+    masks = Masks(case.mask(case.stride, device), case.mask(case.stride * layer.stride, device))
+    maps = maps.clone().requires_grad_()
+    leaves = {name: value.to(device, torch.float64).requires_grad_() for name, value in parameters.items()}
+    outcome = layer.dense(leaves, maps, masks)
+    cotangent = torch.randn(outcome["output"].shape).to(device, torch.float64)
+    outcome["output"].backward(cotangent)
+    return outcome | _gradients({"maps": maps, **leaves}), cotangent
 
 
-def _max_pool(case: Case) -> Pairs:
-    ours, our_images = _run(case, sparse.MaxPool2d(3, 2))
-    images = case.images.clone().requires_grad_()
-    seen = images.masked_fill(case.mask(1) == 0, -torch.inf)
-    dense = functional.max_pool2d(seen, 3, stride=2, padding=1).masked_fill(case.mask(2) == 0, 0)
-    _backward(ours, dense)
-    yield from ((ours, dense), (_grad(our_images), _grad(images)))
+def _run_sparse(
+    layer: Layer, case: Case, variant: Variant, parameters: Outcome, maps: Tensor, cotangent: Tensor
+) -> Outcome:
+    module = layer.make(*case.channels).to(maps.device, variant.dtype)
+    module.load_state_dict(parameters, strict=False)  # buffers keep their beginning
+    maps = maps.to(variant.dtype, copy=True).requires_grad_()
+    pyramid = sparse.Pyramid(case.visible.to(maps.device), case.patch_size, variant.backend)
+    output = sparse.to_dense(module(sparse.to_sparse(maps, pyramid, case.stride)))
+    output.backward(cotangent.to(variant.dtype))
+    leaves = {"maps": maps, **dict(module.named_parameters())}
+    return {"output": output, **dict(module.named_buffers())} | _gradients(leaves)
 
 
-def _batch_norm(case: Case) -> Pairs:
-    layer = sparse.BatchNorm(_CHANNELS).to(case.images)
-    for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
-    weight, bias = (parameter.detach().clone().requires_grad_() for parameter in (layer.weight, layer.bias))
-    ours, our_images = _run(case, layer)
-    images = case.images.clone().requires_grad_()
-    active = images.permute(0, 2, 3, 1)[case.mask(1)[:, 0] > 0]  # [N, C]
-    mean, variance = active.mean(0), active.var(0, unbiased=False)
-    normed = (images - mean[:, None, None]) / (variance[:, None, None] + layer.eps).sqrt()
-    dense = (normed * weight[:, None, None] + bias[:, None, None]) * case.mask(1)
-    _backward(ours, dense)
-    yield from ((ours, dense), (_grad(our_images), _grad(images)))
-    yield from ((_grad(layer.weight), _grad(weight)), (_grad(layer.bias), _grad(bias)))
-    # PyTorch's rule: one tenth of the new mean and of the new unbiased variance, on top of 0 and 1.
-    statistics = dict(layer.named_buffers())
-    yield statistics["running_mean"], 0.1 * mean
-    yield statistics["running_var"], 0.9 + 0.1 * active.var(0)
+def _gradients(leaves: Mapping[str, Tensor]) -> Outcome:
+    return {
+        f"gradient of {name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        for name, leaf in leaves.items()
+    }
 
 
-def _run(case: Case, layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
-    """A sparse layer's output, dense, and the images to find its input gradient at."""
-    images = case.images.clone().requires_grad_()
-    pyramid = sparse.Pyramid(case.visible, _PATCH)
-    return sparse.to_dense(layer(sparse.to_sparse(images, pyramid))), images
+def _error(ours: Outcome, reference: Outcome) -> float:
+    """The largest difference, as a share of the largest value; 0 for no difference, NaN if there is any."""
+    errors = []
+    for name, expected in reference.items():
+        expected = expected.detach().double()
+        found = ours[name].detach().to(expected.device, torch.float64)
+        errors.append((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return torch.stack([error.cpu() for error in errors]).max().item()
 
 
-def _backward(ours: Tensor, dense: Tensor) -> None:
-    cotangent = torch.randn_like(dense)
-    ours.backward(cotangent)
-    dense.backward(cotangent)
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _error(ours: Tensor, reference: Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max().clamp(min=1)).item()
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 means float32 here: no TF32, which torch allows itself in convolutions."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

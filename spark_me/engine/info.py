@@ -63,7 +63,7 @@ def _planned() -> list[tuple[str, str]]:
         ("compiler", compiler_version(compiler) if compiler else "none: sudo apt-get install g++"),
         ("BLAS", record.blas),
         ("headers", _headers()),
-        ("jobs", str(parallel_jobs())),
+        ("jobs", str(parallel_jobs(record.device))),
     ]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from spark_me.engine.packages import scripts_path
 from spark_me.errors import EngineError
 
-# What a translation unit with torch's headers takes at its peak.
-BYTES_PER_JOB = 2.5 * 2**30
+# What a translation unit with torch's headers takes at its peak, of g++ and of nvcc's own compiler.
+BYTES_PER_JOB = {"cpu": 2.5 * 2**30, "cuda": 4.0 * 2**30}
 
 
 def find_compiler() -> str | None:
@@ -51,15 +51,19 @@ def compiler_version(compiler: str) -> str:
     return (result.stdout.splitlines() or ["version unknown"])[0]
 
 
-def parallel_jobs() -> int:
-    """How many files to compile at once: $MAX_JOBS, else every usable core, within the memory that is free."""
+def parallel_jobs(device: str) -> int:
+    """How many files to compile at once: $MAX_JOBS, else every usable core, within the memory that is free.
+
+    Args:
+        device: "cpu" or "cuda", what the build is for.
+    """
     if wanted := os.environ.get("MAX_JOBS"):
         if not wanted.isdigit() or int(wanted) < 1:
             raise EngineError(f"MAX_JOBS={wanted} is no positive number: unset it or set it to 1 or more")
         return int(wanted)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory = available_memory()
-    return cores if memory is None else max(1, min(cores, int(memory // BYTES_PER_JOB)))
+    return cores if memory is None else max(1, min(cores, int(memory // BYTES_PER_JOB[device])))
 
 
 def available_memory() -> int | None:
