@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: help setup demo demo-finetune test test-cuda check-cuda lint format doctor docker-check clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: ## make .venv with torch, the engine and this package
 	@PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" docker/install.sh "$(VENV)"
