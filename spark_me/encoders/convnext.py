@@ -26,14 +26,14 @@ class Block(nn.Module):
         self.norm = sparse.LayerNorm(channels)
         self.pwconv1 = sparse.Linear(channels, 4 * channels)
         self.act = sparse.GELU()
-        self.grn = sparse.GlobalResponseNorm(4 * channels) if version == 2 else nn.Identity()
+        self.grn = sparse.GlobalResponseNorm(4 * channels) if version == 2 else None
         self.pwconv2 = sparse.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), LAYER_SCALE)) if version == 1 else None
         self.drop_path = sparse.DropPath(drop_path)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         residual = self.pwconv1(self.norm(self.dwconv(x)))
-        residual = self.pwconv2(self.grn(self.act(residual)))
+        residual = self.pwconv2(self.act(residual) if self.grn is None else self.grn(residual, gelu=True))
         if self.gamma is not None:
             residual = sparse.with_features(residual, residual.F * self.gamma)
         return sparse.add(self.drop_path(residual), x)

@@ -22,14 +22,12 @@ class BasicBlock(nn.Module):
         self.bn1 = sparse.BatchNorm(width)
         self.conv2 = sparse.Conv2d(width, width, 3)
         self.bn2 = sparse.BatchNorm(width)
-        self.relu = sparse.ReLU(inplace=True)
         self.drop_path = sparse.DropPath(drop_path)
         self.downsample = _shortcut(in_channels, width, stride)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.drop_path(self.bn2(self.conv2(residual)))
-        return self.relu(sparse.add(residual, self.downsample(x)))
+        residual = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(residual), self.downsample(x), self.drop_path, relu=True)
 
     @property
     def last_norm(self) -> sparse.BatchNorm:
@@ -51,15 +49,13 @@ class Bottleneck(nn.Module):
         self.bn2 = sparse.BatchNorm(width)
         self.conv3 = sparse.Conv2d(width, out_channels, 1)
         self.bn3 = sparse.BatchNorm(out_channels)
-        self.relu = sparse.ReLU(inplace=True)
         self.drop_path = sparse.DropPath(drop_path)
         self.downsample = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        residual = self.relu(self.bn1(self.conv1(x)))
-        residual = self.relu(self.bn2(self.conv2(residual)))
-        residual = self.drop_path(self.bn3(self.conv3(residual)))
-        return self.relu(sparse.add(residual, self.downsample(x)))
+        residual = self.bn1(self.conv1(x), relu=True)
+        residual = self.bn2(self.conv2(residual), relu=True)
+        return self.bn3(self.conv3(residual), self.downsample(x), self.drop_path, relu=True)
 
     @property
     def last_norm(self) -> sparse.BatchNorm:
@@ -91,7 +87,6 @@ class ResNet(SparseEncoder):
         self.channels = tuple(width * block.expansion for width in (64, 128, 256, 512))
         self.conv1 = sparse.Conv2d(in_channels, 64, 7, stride=2)
         self.bn1 = sparse.BatchNorm(64)
-        self.relu = sparse.ReLU(inplace=True)
         self.maxpool = sparse.MaxPool2d(3, stride=2)
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.layer1 = _stage(block, 64, 64, depths[0], 1, rates)
@@ -102,7 +97,7 @@ class ResNet(SparseEncoder):
 
     def forward(self, x: SparseTensor) -> list[SparseTensor]:
         """Features at strides 4, 8, 16 and 32 of a sparse image at stride 1."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:

@@ -1,9 +1,10 @@
 """Sparse tensors and layers on MinkowskiEngine: the only part of spark_me that imports it."""
 
 from spark_me.sparse.activations import GELU, Hardswish, LeakyReLU, ReLU, SiLU
+from spark_me.sparse.batch_norm import BatchNorm
 from spark_me.sparse.depthwise import DepthwiseConv2d
 from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
-from spark_me.sparse.layers import AvgPool2d, BatchNorm, Conv2d, DropPath, MaxPool2d, add
+from spark_me.sparse.layers import AvgPool2d, Conv2d, DropPath, MaxPool2d, add
 from spark_me.sparse.linear import Linear
 from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
 from spark_me.sparse.pyramid import BACKENDS, Pyramid

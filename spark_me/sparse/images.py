@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from spark_me.sparse.pyramid import Pyramid
 from spark_me.sparse.tensor import SparseTensor, stride_of
@@ -46,6 +47,11 @@ def global_average(x: SparseTensor) -> Tensor:
 def sites_of_images(pyramid: Pyramid, stride: int) -> Tensor:
     """int64 [B, 1]: how many sites each image has at `stride`."""
     return pyramid.visible.flatten(1).sum(dim=1, keepdim=True) * pyramid.neighbours.side(stride) ** 2
+
+
+def first_rows(pyramid: Pyramid, stride: int) -> Tensor:
+    """int64 [B + 1]: the first row of each image at `stride`, and the number of rows."""
+    return functional.pad(sites_of_images(pyramid, stride).flatten().cumsum(dim=0), (1, 0))
 
 
 def patch_blocks(features: Tensor, pyramid: Pyramid, stride: int) -> Tensor:

@@ -138,13 +138,6 @@ class AvgPool2d(ME.MinkowskiAvgPooling):
         return at_stride(x, window.out_stride, fused.average_pool(x.F, window, x.coordinate_manager.neighbours))
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the visible sites of the batch; empty sites enter no statistic."""
-
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        return with_features(x, super().forward(x.F))
-
-
 class DropPath(nn.Module):
     """Stochastic depth: drop the residual branch of whole images, scale the kept ones by 1 / (1 − rate)."""
 
@@ -153,12 +146,17 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: SparseTensor) -> SparseTensor:
+        scale = self.draw(x)
+        return x if scale is None else with_features(x, x.F * scale[:, None])
+
+    def draw(self, x: SparseTensor) -> Tensor | None:
+        """What to multiply each site of `x` with, [N]: an image's sites share it. None where nothing is dropped."""
         if not self.training or self.rate == 0:
-            return x
+            return None
         pyramid = x.coordinate_manager
         kept = torch.rand(pyramid.visible.shape[0], device=x.F.device) >= self.rate
         scale_of_image = kept.to(x.F.dtype) / (1 - self.rate)
-        return with_features(x, x.F * scale_of_image[pyramid.image_index(stride_of(x))][:, None])
+        return scale_of_image[pyramid.image_index(stride_of(x))]
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
@@ -170,9 +168,18 @@ def add(x: SparseTensor, y: SparseTensor) -> SparseTensor:
     Raises:
         ValueError: if the two live on different sites.
     """
+    require_same_sites(x, y)
+    return with_features(x, x.F + y.F)
+
+
+def require_same_sites(x: SparseTensor, y: SparseTensor) -> None:
+    """Refuse to add two tensors that live on different sites.
+
+    Raises:
+        ValueError: if they do.
+    """
     if x.coordinate_manager is not y.coordinate_manager or x.coordinate_map_key != y.coordinate_map_key:
         raise ValueError("cannot add sparse tensors of different sites")
-    return with_features(x, x.F + y.F)
 
 
 def _in_engine_dtype(x: SparseTensor) -> SparseTensor:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from spark_me.sparse.images import (
     accumulation_dtype,
+    first_rows,
     mean_over_images,
     patch_blocks,
     patches_in_part,
@@ -18,16 +20,26 @@ from spark_me.sparse.images import (
 )
 from spark_me.sparse.pyramid import Pyramid
 from spark_me.sparse.tensor import SparseTensor, stride_of, with_features
+from spark_me.sparse.triton_support import computes_in_triton
+
+EPSILON = 1e-6
+"""Of the global response norm, beside the mean of the channels' norms."""
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of every site."""
+    """Layer normalisation over the channels of every site: the dtype of x is kept, statistics are float32 at least."""
 
     def __init__(self, channels: int, eps: float = 1e-6) -> None:
         super().__init__(channels, eps=eps)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        return with_features(x, super().forward(x.F))
+        rows = x.F
+        if not rows.is_cuda:
+            return with_features(x, super().forward(rows))
+        # On a GPU, autocast would convert the rows to float32 and hand that on; and torch's kernel takes one dtype.
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+            return with_features(x, functional.layer_norm(rows, self.normalized_shape, weight, bias, self.eps))
 
 
 class GroupNorm(nn.GroupNorm):
@@ -65,9 +77,17 @@ class GlobalResponseNorm(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
+    def forward(self, x: SparseTensor, gelu: bool = False) -> SparseTensor:
+        """Normalise `x`, or, where asked for, GELU of `x`: on a GPU that is one operation, which keeps only `x`."""
         pyramid, stride = x.coordinate_manager, stride_of(x)
-        return with_features(x, _GlobalResponseNorm.apply(x.F, self.gamma, self.beta, pyramid, stride))
+        if gelu and computes_in_triton(x.F):
+            from spark_me.sparse.fused_response_norm import fused_gelu_response_norm
+
+            rows = fused_gelu_response_norm(x.F, self.gamma, self.beta, first_rows(pyramid, stride))
+        else:
+            rows = functional.gelu(x.F) if gelu else x.F
+            rows = _GlobalResponseNorm.apply(rows, self.gamma, self.beta, pyramid, stride)
+        return with_features(x, rows)
 
     def extra_repr(self) -> str:
         return f"{len(self.gamma)}"
@@ -97,14 +117,11 @@ def _mean_of_groups(of_channels: Tensor, groups: int) -> Tensor:
 class _GlobalResponseNorm(torch.autograd.Function):
     """Written out because it runs on a block's widest features: autograd would keep and traverse several more."""
 
-    EPSILON = 1e-6
-
     @staticmethod
     def forward(ctx: Any, rows: Tensor, gamma: Tensor, beta: Tensor, pyramid: Pyramid, stride: int) -> Tensor:
         blocks = patch_blocks(rows, pyramid, stride)
         norm = sum_products_over_images(blocks, blocks, pyramid).sqrt()
-        response = norm / (norm.mean(dim=1, keepdim=True) + _GlobalResponseNorm.EPSILON)
-        scale = spread_over_patches((1 + gamma * response).to(rows.dtype), pyramid)
+        scale = spread_over_patches(scale_of_images(norm, gamma).to(rows.dtype), pyramid)
         ctx.save_for_backward(rows, gamma, norm)
         ctx.pyramid, ctx.stride, ctx.beta_dtype = pyramid, stride, beta.dtype
         return torch.addcmul(beta.to(rows.dtype), blocks, scale).view_as(rows)
@@ -114,17 +131,31 @@ class _GlobalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, gamma, norm = ctx.saved_tensors
         blocks, grad_blocks = (patch_blocks(part, ctx.pyramid, ctx.stride) for part in (rows, gradient))
-        mean = norm.mean(dim=1, keepdim=True) + _GlobalResponseNorm.EPSILON
-        response = norm / mean
         grad_scale = sum_products_over_images(grad_blocks, blocks, ctx.pyramid)
-        grad_response = gamma * grad_scale
-        grad_norm = (grad_response - (grad_response * response).mean(dim=1, keepdim=True)) / mean
-        # The norm of a channel that is zero at all sites has the subgradient zero.
-        pull = torch.where(norm > 0, grad_norm / norm, 0)
-        grad_rows = _weighted_sum(grad_blocks, 1 + gamma * response, blocks, pull, ctx.pyramid).view_as(rows)
-        grad_gamma = (grad_scale * response).sum(dim=0).to(gamma.dtype)
+        pull, grad_gamma = gradients_of_scale(norm, gamma, grad_scale)
+        scale = scale_of_images(norm, gamma)
+        grad_rows = _weighted_sum(grad_blocks, scale, blocks, pull, ctx.pyramid).view_as(rows)
         grad_beta = gradient.sum(dim=0, dtype=accumulation_dtype(gradient)).to(ctx.beta_dtype)
         return grad_rows, grad_gamma, grad_beta, None, None
+
+
+def scale_of_images(norm: Tensor, gamma: Tensor) -> Tensor:
+    """What the global response norm multiplies features with, before it adds β: [B, C] from norms [B, C]."""
+    return 1 + gamma * (norm / (norm.mean(dim=1, keepdim=True) + EPSILON))
+
+
+def gradients_of_scale(norm: Tensor, gamma: Tensor, grad_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient [B, C] of `scale_of_images`: the pull p of the norms, and the gradient [C] of gamma.
+
+    The features x get the gradient p·x [B, C] through the norms.
+    """
+    mean = norm.mean(dim=1, keepdim=True) + EPSILON
+    response = norm / mean
+    grad_response = gamma * grad_scale
+    grad_norm = (grad_response - (grad_response * response).mean(dim=1, keepdim=True)) / mean
+    # The norm of a channel that is zero at all sites has the subgradient zero.
+    pull = torch.where(norm > 0, grad_norm / norm, 0)
+    return pull, (grad_scale * response).sum(dim=0).to(gamma.dtype)
 
 
 def _weighted_sum(x: Tensor, x_scale: Tensor, y: Tensor, y_scale: Tensor, pyramid: Pyramid) -> Tensor:

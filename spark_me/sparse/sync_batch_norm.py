@@ -3,17 +3,25 @@
 from torch import nn
 
 from spark_me import sync_batch_norm
-from spark_me.sparse.layers import BatchNorm
+from spark_me.sparse.batch_norm import BatchNorm, complete
+from spark_me.sparse.layers import DropPath
 from spark_me.sparse.tensor import SparseTensor, with_features
 
 
 class SyncBatchNorm(BatchNorm):
     """`BatchNorm` over the visible sites of all processes; alone or in eval mode it is `BatchNorm`."""
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
+    def forward(
+        self,
+        x: SparseTensor,
+        shortcut: SparseTensor | None = None,
+        drop_path: DropPath | None = None,
+        relu: bool = False,
+    ) -> SparseTensor:
         if not (self.training and sync_batch_norm.several_processes()):
-            return super().forward(x)
-        return with_features(x, sync_batch_norm.synchronized_batch_norm(x.F, self))
+            return super().forward(x, shortcut, drop_path, relu)
+        normalised = with_features(x, sync_batch_norm.synchronized_batch_norm(x.F, self))
+        return complete(normalised, shortcut, drop_path, relu)
 
 
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:

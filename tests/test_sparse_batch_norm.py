@@ -1,0 +1,110 @@
+"""Batch normalisation with what follows it: the layer's choice between Triton's kernels and torch's operations.
+
+Without a GPU the kernels run in Triton's interpreter.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import contract_masks, randomise, relative_error
+from torch import nn
+
+import spark_me
+from spark_me import sparse
+from spark_me.encoders.checkpointing import checkpointed
+from spark_me.encoders.resnet import BasicBlock, Bottleneck
+from spark_me.sparse import batch_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def ask_for_triton(monkeypatch):
+    """From now on layers take the kernels on any device; the list of the features that they take them for."""
+    asked = []
+    monkeypatch.setattr(batch_norm, "computes_in_triton", lambda rows: asked.append(rows) or True)
+    return asked
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    return ask_for_triton(monkeypatch)
+
+
+def run_block(block, run):
+    """Output, gradients and statistics of a residual block on the contract's masks."""
+    pyramid = sparse.Pyramid(contract_masks().to(DEVICE), 4, "fused")
+    rows = torch.randn(pyramid.neighbours.sites(2), 8, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    rows.requires_grad_()
+    torch.manual_seed(5)  # stochastic depth draws the same
+    out = run(block, sparse.at_stride(sparse.to_sparse(torch.zeros(6, 1, 12, 16, device=DEVICE), pyramid), 2, rows))
+    out.F.square().mean().backward()
+    gradients = {f"gradient of {name}": x.grad for name, x in block.named_parameters()}
+    return {"output": out.F, "gradient of the input": rows.grad} | gradients | dict(block.named_buffers())
+
+
+def block_of(kind, stride):
+    return randomise(kind(8, 8 // kind.expansion, stride, drop_path=0.4)).to(DEVICE)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_residual_blocks_do_not_depend_on_the_kernels(kind, stride, monkeypatch):
+    monkeypatch.setattr(batch_norm, "computes_in_triton", lambda rows: False)
+    expected = run_block(block_of(kind, stride), lambda block, x: block(x))
+    asked = ask_for_triton(monkeypatch)
+    block = block_of(kind, stride)
+    for name, actual in run_block(block, lambda block, x: block(x)).items():
+        assert relative_error(actual.double(), expected[name].double()) < 1e-4, name
+    assert len(asked) == sum(isinstance(module, sparse.BatchNorm) for module in block.modules())
+
+
+def test_checkpointing_changes_nothing(in_triton):
+    plain = run_block(block_of(BasicBlock, 2), lambda block, x: block(x))
+    again = run_block(block_of(BasicBlock, 2), checkpointed)
+    for name, expected in plain.items():
+        assert torch.equal(again[name], expected), name
+
+
+def test_other_sites_are_refused(in_triton):
+    x, other = (sparse.to_sparse(torch.zeros(6, 4, 12, 16), sparse.Pyramid(contract_masks(), 4)) for _ in range(2))
+    with pytest.raises(ValueError, match="different sites"):
+        sparse.BatchNorm(4)(x, other)
+
+
+def test_synchronised_norms_do_not_take_the_kernels(in_triton, monkeypatch):
+    norm = sparse.convert_sync_batchnorm(nn.Sequential(sparse.BatchNorm(4)))[0].to(DEVICE)
+    monkeypatch.setattr("spark_me.sync_batch_norm.several_processes", lambda: True)
+    monkeypatch.setattr("spark_me.sync_batch_norm.synchronized_batch_norm", lambda rows, norm: rows - 2)
+    x = sparse.to_sparse(torch.ones(6, 4, 12, 16, device=DEVICE), sparse.Pyramid(contract_masks().to(DEVICE), 4))
+    assert torch.equal(norm(x, sparse.with_features(x, 4 * x.F)).F, 3 * x.F)
+    assert not norm(x, relu=True).F.any()
+    assert not in_triton
+    norm.eval()(x)
+    assert len(in_triton) == 1
+
+
+def test_importing_the_layers_does_not_import_triton():
+    script = "import sys, spark_me.sparse; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.gpu
+def test_a_whole_encoder_on_a_gpu_equals_float64_on_the_cpu(visible, monkeypatch, assert_close):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    results = []
+    for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
+        model = spark_me.build_model("resnet18", image_size=(96, 128), decoder_width=32, drop_path=0.0, backend="fused")
+        encoder = randomise(model).to(device, dtype).encoder
+        features = model.encode(images.to(device, dtype), visible.to(device))
+        torch.stack([x.square().mean() + x.mean() for x in features]).sum().backward()
+        results.append(
+            {f"features {number}": x for number, x in enumerate(features)}
+            | {f"gradient of {key}": x.grad for key, x in encoder.named_parameters()}
+            | {key: x for key, x in encoder.named_buffers() if not key.endswith("tracked")}
+        )
+    assert results[0].keys() == results[1].keys()
+    for key, actual in results[0].items():
+        assert_close(actual.cpu().float(), results[1][key].float(), key)
