@@ -121,7 +121,7 @@ def compile_all(dtype, pairs):
     for channels in pairs:
         rows = torch.randn(neighbours.sites(4), channels[0]).to(dtype).requires_grad_()
         kernel = torch.randn(9, *channels).to(dtype).requires_grad_()
-        for blocks in implicit_gemm.block_choices(dtype, *channels).values():
+        for blocks in implicit_gemm.block_choices(dtype, *channels, rows.device).values():
             implicit_gemm.convolution(rows, kernel, table, lambda: back, blocks).sum().backward()
 
 neighbours, window = Neighbours(torch.ones(1, 3, 4, dtype=torch.bool), 8), Window(4, 3, 2)
@@ -145,12 +145,20 @@ def test_the_kernels_compile_for_an_h100_and_take_its_tensor_cores():
     assert all(int(products) > 0 for _, _, products in compiled[:9])
 
 
-def test_every_way_to_cut_is_named_once():
-    half = implicit_gemm.block_choices(torch.bfloat16, 512, 512)
-    assert list(half) == ["64x64", "128x128", "128x256"]
-    assert list(implicit_gemm.block_choices(torch.bfloat16, 64, 64)) == ["64x64", "128x64"]
-    assert list(implicit_gemm.block_choices(torch.float16, 3, 20)) == ["64x32", "128x32"]
-    assert list(implicit_gemm.block_choices(torch.float32, 512, 512)) == ["64x64"]
+@pytest.mark.parametrize(
+    "dtype, channels, kibibytes, names",
+    [
+        (torch.bfloat16, (512, 512), 227, ["64x64", "128x128", "128x256"]),  # H100
+        (torch.bfloat16, (512, 512), 99, ["64x64", "128x128"]),  # consumer cards
+        (torch.bfloat16, (512, 512), 48, ["64x64"]),
+        (torch.bfloat16, (64, 64), 227, ["64x64", "128x64"]),
+        (torch.float16, (3, 20), 227, ["64x32", "128x32"]),
+        (torch.float32, (512, 512), 227, ["64x64"]),
+    ],
+)
+def test_every_way_to_cut_that_fits_is_named_once(dtype, channels, kibibytes, names, monkeypatch):
+    monkeypatch.setattr(implicit_gemm, "_shared_memory", lambda device: kibibytes * 1024)
+    assert list(implicit_gemm.block_choices(dtype, *channels, torch.device("cuda", 0))) == names
 
 
 def test_importing_the_sparse_layers_imports_no_triton():
@@ -193,7 +201,7 @@ def random_masks(images, rows, columns):
 def test_on_a_gpu_every_way_to_cut_equals_dense_torch(window, channels, dtype, exact_products):
     images = max(2, 20000 * window.out_stride**2 // 32**2 // 20)  # about 20,000 outputs
     visible = random_masks(min(images, 256), 7, 7)
-    for blocks in implicit_gemm.block_choices(dtype, *channels).values():
+    for blocks in implicit_gemm.block_choices(dtype, *channels, torch.device("cuda", 0)).values():
         compare(window, channels, blocks, dtype, visible, 32, "cuda")
 
 
@@ -201,7 +209,7 @@ def test_on_a_gpu_every_way_to_cut_equals_dense_torch(window, channels, dtype, e
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_the_dense_map_equals_dense_torch(dtype, exact_products):
     pyramid = sparse.Pyramid(random_masks(8, 7, 7), 32)
-    for blocks in implicit_gemm.block_choices(dtype, 256, 64).values():
+    for blocks in implicit_gemm.block_choices(dtype, 256, 64, torch.device("cuda", 0)).values():
         compare_to_map((256, 64), 4, 3, dtype, blocks, pyramid, "cuda")
 
 
@@ -214,7 +222,7 @@ def test_on_a_gpu_tf32_is_near_float64(exact_products):
     kernel = random(9, 128, 128, dtype=torch.float32, seed=1, device="cuda")
     inputs = doubled([rows, kernel])
     expected = results(reference.convolution(*inputs, window, pyramid), inputs)
-    for blocks in implicit_gemm.block_choices(torch.float32, 128, 128).values():
+    for blocks in implicit_gemm.block_choices(torch.float32, 128, 128, rows.device).values():
         table = neighbours.inputs_of_outputs(window)
         out = implicit_gemm.convolution(rows, kernel, table, lambda: neighbours.outputs_of_inputs(window), blocks)
         for ours, theirs in zip(results(out, [rows, kernel]), expected):
@@ -227,7 +235,7 @@ def test_on_a_gpu_runs_repeat_bit_by_bit(dtype, exact_products):
     window, neighbours = Window(8, 3, 2), Neighbours(random_masks(64, 7, 7).cuda(), 32)
     rows = random(neighbours.sites(8), 128, dtype=dtype, seed=0, device="cuda")
     kernel = random(9, 128, 256, dtype=dtype, seed=1, device="cuda")
-    for blocks in implicit_gemm.block_choices(dtype, 128, 256).values():
+    for blocks in implicit_gemm.block_choices(dtype, 128, 256, rows.device).values():
         runs = []
         for _ in range(3):
             table = neighbours.inputs_of_outputs(window)

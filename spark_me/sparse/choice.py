@@ -98,7 +98,7 @@ class Choices:
 
         try:
             # Not the caller's hooks: activation checkpointing counts what a block saves.
-            with saved_tensors_hooks(lambda x: x, lambda x: x):
+            with torch.cuda.device_of(inputs[0]), saved_tensors_hooks(lambda x: x, lambda x: x):
                 return self._timer(work)
         except torch.cuda.OutOfMemoryError:
             return float("inf")  # no choice for this batch; if none is, the one that runs says so

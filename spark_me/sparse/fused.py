@@ -127,7 +127,8 @@ def _implicit_gemms(
     def cut(blocks: implicit_gemm.Blocks) -> Callable[..., Tensor]:
         return lambda rows, kernel: implicit_gemm.convolution(rows, kernel, table(), transposed, blocks)
 
-    choices = implicit_gemm.block_choices(kernel.dtype, *kernel.shape[1:])
+    _, in_channels, out_channels = kernel.shape
+    choices = implicit_gemm.block_choices(kernel.dtype, in_channels, out_channels, kernel.device)
     return {f"implicit_gemm {name}": cut(blocks) for name, blocks in choices.items()}
 
 

@@ -7,6 +7,7 @@ no atomics, so that runs repeat bit by bit. Sums are float32 in every dtype.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Blocks(NamedTuple):
     depth: int
     warps: int
     stages: int
-    """Loads in flight, in steps of `depth`."""
+    """Of the pipeline: the table's loads and those of what it points to are half of them ahead each."""
 
 
 _HALF = (Blocks(64, 64, 64, 4, 5), Blocks(128, 128, 64, 8, 5), Blocks(128, 256, 64, 8, 5))
@@ -39,13 +40,15 @@ _TF32 = (Blocks(64, 64, 32, 4, 5), Blocks(128, 128, 32, 8, 5))
 _FLOAT32 = (Blocks(64, 64, 16, 4, 2),)
 
 
-def block_choices(dtype: torch.dtype, in_channels: int, out_channels: int) -> dict[str, Blocks]:
-    """The sensible ways to cut a convolution, by name ("128x256"); which is fastest depends on the GPU."""
+def block_choices(dtype: torch.dtype, in_channels: int, out_channels: int, device: torch.device) -> dict[str, Blocks]:
+    """The sensible ways to cut a convolution, by name ("128x256"), that the device has shared memory for."""
     sets = _HALF if dtype.itemsize == 2 else _TF32 if _precision() == "tf32" else _FLOAT32
     choices: dict[str, Blocks] = {}
     for blocks in sets:
         columns = _edge(max(in_channels, out_channels), blocks.columns)
-        choices.setdefault(f"{blocks.rows}x{columns}", blocks)
+        step = (blocks.rows + columns) * blocks.depth * dtype.itemsize + blocks.rows * 4
+        if not choices or step * (blocks.stages + 1) // 2 <= _shared_memory(device):
+            choices.setdefault(f"{blocks.rows}x{columns}", blocks)
     return choices
 
 
@@ -121,6 +124,14 @@ def _correlate(rows: Tensor, gradient: Tensor, table: Tensor, blocks: Blocks) ->
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return sums.sum(dim=0).to(rows.dtype)
+
+
+@cache
+def _shared_memory(device: torch.device) -> float:
+    """Bytes that a program may have; Triton's interpreter knows no limit."""
+    if device.type != "cuda":
+        return float("inf")
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _precision() -> str:
