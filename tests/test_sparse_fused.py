@@ -52,12 +52,10 @@ def test_grouped_and_dilated_convolution_gradcheck(window, groups, dilation):
 
 
 def test_convolution_to_raster_gradcheck():
-    neighbours = Neighbours(VISIBLE, PATCH)
+    pyramid = sparse.Pyramid(VISIBLE, PATCH)
     kernel = torch.randn(9, 2, 3, dtype=torch.float64, requires_grad=True)
-    pairs = neighbours.pairs_to_raster(8, 3)
-    assert torch.autograd.gradcheck(
-        lambda x, k: fused.convolution_to_raster(x, k, pairs, 2 * 4 * 4), (rows(neighbours, 8), kernel), fast_mode=True
-    )
+    inputs = rows(pyramid.neighbours, 8), kernel
+    assert torch.autograd.gradcheck(lambda x, k: fused.convolution_to_raster(x, k, 8, pyramid), inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize("pool", [fused.max_pool, fused.average_pool])

@@ -2,6 +2,7 @@
 
 from spark_me.sparse.activations import GELU, Hardswish, LeakyReLU, ReLU, SiLU
 from spark_me.sparse.batch_norm import BatchNorm
+from spark_me.sparse.choice import choose, measured_choices
 from spark_me.sparse.depthwise import DepthwiseConv2d
 from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
 from spark_me.sparse.layers import AvgPool2d, Conv2d, DropPath, MaxPool2d, add
@@ -44,10 +45,12 @@ __all__ = [
     "SyncBatchNorm",
     "add",
     "at_stride",
+    "choose",
     "convert_sync_batchnorm",
     "convolution_to_dense",
     "global_average",
     "mean_over_images",
+    "measured_choices",
     "scale_images",
     "spread_over_sites",
     "stride_of",

@@ -1,15 +1,20 @@
 """Depthwise convolution: every channel with a kernel of its own.
 
-The `fused` backend lays the rows into dense images for torch's depthwise convolution, in one of two exact ways, chosen
-by how many sites a patch has along its side:
+The `fused` backend lays the rows into dense images for torch's depthwise convolution, in one of two exact ways; on the
+CPU by how many sites a patch has along its side:
 
 - *tiles*: every visible patch with a halo of its neighbours; no hidden site costs arithmetic, but halos are copied.
 - *raster*: the whole maps, zero where hidden; a few hidden sites cost less than halos wider than the patch.
+
+A GPU takes what was fastest there (`spark_me.sparse.choice`): one of these, or with Triton
+
+- *gather*: a kernel that reads the rows by a neighbour table (`spark_me.sparse.gathered_depthwise`).
 
 The input gradient is the same convolution with the kernel turned round. Images are laid out again in the backward
 pass instead of being kept.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from spark_me.sparse import choice
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Neighbours, Window
 from spark_me.sparse.pyramid import Pyramid
@@ -56,8 +62,8 @@ class DepthwiseConv2d(ME.MinkowskiChannelwiseConvolution):
             return super().forward(with_features(x, x.F.to(self.kernel.dtype)))
         dtype = compute_dtype(self.kernel)
         kernel, bias = self.kernel.to(dtype), self.bias.to(dtype)
-        layout = _layout(x.coordinate_manager, stride_of(x), self.kernel_size)
-        return with_features(x, _DepthwiseConvolution.apply(x.F.to(dtype), kernel, bias, layout))
+        inputs = x.F.to(dtype), kernel, bias
+        return with_features(x, _convolution(*inputs, x.coordinate_manager, stride_of(x), self.kernel_size))
 
 
 class _Layout(Protocol):
@@ -115,6 +121,35 @@ class _Raster:
 
     def rows(self, outputs: Tensor) -> Tensor:
         return rows_of(outputs).index_select(0, self._places)
+
+
+def _convolution(rows: Tensor, kernel: Tensor, bias: Tensor, pyramid: Pyramid, stride: int, size: int) -> Tensor:
+    if choice.is_open(rows):
+        geometry = (stride, size, pyramid.patch_size)
+        formulations = _formulations(rows.device, pyramid, stride, size)
+        return choice.CHOICES.run("depthwise convolution", geometry, formulations, rows, kernel, bias)
+    return _DepthwiseConvolution.apply(rows, kernel, bias, _layout(pyramid, stride, size))
+
+
+def _formulations(device: torch.device, pyramid: Pyramid, stride: int, size: int) -> choice.Formulations:
+    def laid_out(layout: _Layout) -> Callable[..., Tensor]:
+        return lambda *inputs: _DepthwiseConvolution.apply(*inputs, layout)
+
+    tiles, raster = _Tiles(pyramid.neighbours, stride, size), _Raster(pyramid, stride, size)
+    return {**_gathers(device, pyramid, stride, size), "tiles": laid_out(tiles), "raster": laid_out(raster)}
+
+
+def _gathers(device: torch.device, pyramid: Pyramid, stride: int, size: int) -> dict[str, Callable[..., Tensor]]:
+    if not choice.kernels_run_on(device):
+        return {}
+    from spark_me.sparse import gathered_depthwise  # Triton is imported where it is used
+
+    def cut(block: int) -> Callable[..., Tensor]:
+        window = Window(stride, size, 1)
+        table = pyramid.neighbours.inputs_of_outputs
+        return lambda x, kernel, bias: gathered_depthwise.convolution(x, kernel, bias, table(window), block)
+
+    return {f"gather {name}": cut(block) for name, block in gathered_depthwise.BLOCKS.items()}
 
 
 def _layout(pyramid: Pyramid, stride: int, kernel_size: int) -> _Layout:

@@ -1,16 +1,19 @@
 """The `fused` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter.
 
-Two exact formulations, chosen by how many outputs a patch has along its side:
+Exact formulations of a convolution, of which the CPU takes one of the first two by how many outputs a patch has along
+its side; a GPU takes what was fastest there (`spark_me.sparse.choice`):
 
 - *tiles*: every visible patch with a halo of its neighbours (zero where hidden) is one small dense image, for the dense
   convolution of torch. The gradient is the adjoint: dense convolution's own, then the halos are added to the patches
   that they came from.
 - *pairs*: one matrix product per kernel offset, over the neighbours that are present; hidden ones cost nothing. The
-  gradient is the same with the roles exchanged.
+  gradient is the same with the roles exchanged. Finding them waits for a GPU.
+- *implicit_gemm*: one kernel that gathers by a neighbour table (`spark_me.sparse.implicit_gemm`), on GPUs with Triton.
 
-Neither keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
+None keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from spark_me.sparse import choice
 from spark_me.sparse.grouped import multiply, multiply_rows, multiply_transposed
 from spark_me.sparse.neighbours import Neighbours, Pairs, Window
+from spark_me.sparse.pyramid import Pyramid
 from spark_me.sparse.tiles import fold, images_of, rows_of, tiles_of
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
 
@@ -47,21 +52,29 @@ def convolution(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighb
         return multiply(rows, kernel.view(kernel.shape[-2:]), groups)
     if window.span == window.stride and window.before == 0 and groups == 1:
         return _patchify(rows, kernel, window, neighbours)
+    if groups == 1 and choice.is_open(rows):
+        geometry = (*window, neighbours.patch_size)
+        return choice.CHOICES.run("convolution", geometry, _formulations(kernel, window, neighbours), rows, kernel)
     if neighbours.side(window.out_stride) >= MIN_TILE_SIDE:
         return _TileConvolution.apply(rows, kernel, window, neighbours, groups)
     return _PairConvolution.apply(rows, kernel, neighbours.pairs(window), neighbours.sites(window.out_stride), groups)
 
 
-def convolution_to_raster(rows: Tensor, kernel: Tensor, pairs: list[Pairs], places: int) -> Tensor:
+def convolution_to_raster(rows: Tensor, kernel: Tensor, stride: int, pyramid: Pyramid) -> Tensor:
     """Sparse convolution with an output at every place of the dense map: [N, Cin] → [B·h·w, Cout].
 
     Args:
-        rows: features, canonical order.
-        kernel: [K, Cin, Cout].
-        pairs: from `Neighbours.pairs_to_raster`.
-        places: B·h·w.
+        rows: features at `stride`, canonical order.
+        kernel: [K, Cin, Cout], odd, centred, of stride 1.
+        stride: tensor stride of rows and map.
+        pyramid: that the rows lie on.
     """
-    return _PairConvolution.apply(rows, kernel, pairs, places, 1)
+    size = round(len(kernel) ** 0.5)
+    if choice.is_open(rows):
+        geometry = (stride, size, pyramid.patch_size)
+        formulations = _formulations_to_raster(kernel, stride, size, pyramid)
+        return choice.CHOICES.run("convolution to dense", geometry, formulations, rows, kernel)
+    return _pairs_to_raster(rows, kernel, stride, size, pyramid)
 
 
 def max_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
@@ -73,6 +86,55 @@ def average_pool(rows: Tensor, window: Window, neighbours: Neighbours) -> Tensor
     """Mean over the visible sites under the kernel: [N_in, C] → [N_out, C]."""
     sums = partial(functional.avg_pool2d, divisor_override=1)
     return _TilePool.apply(rows, window, neighbours, sums, 0.0) / neighbours.counts(window)
+
+
+def _formulations(kernel: Tensor, window: Window, neighbours: Neighbours) -> choice.Formulations:
+    def tiles(rows: Tensor, kernel: Tensor) -> Tensor:
+        return _TileConvolution.apply(rows, kernel, window, neighbours, 1)
+
+    def pairs(rows: Tensor, kernel: Tensor) -> Tensor:
+        return _PairConvolution.apply(rows, kernel, neighbours.pairs(window), neighbours.sites(window.out_stride), 1)
+
+    if not choice.kernels_run_on(kernel.device):
+        return {"tiles": tiles, "pairs": pairs}
+    table, transposed = partial(neighbours.inputs_of_outputs, window), partial(neighbours.outputs_of_inputs, window)
+    return {**_implicit_gemms(kernel, table, transposed), "tiles": tiles}
+
+
+def _formulations_to_raster(kernel: Tensor, stride: int, size: int, pyramid: Pyramid) -> choice.Formulations:
+    def dense(rows: Tensor, kernel: Tensor) -> Tensor:
+        images, height, width = pyramid.extent(stride)
+        raster = rows.new_zeros(images * height * width, rows.shape[1])
+        raster = raster.index_copy(0, pyramid.raster_index(stride), rows)
+        maps = raster.view(images, height, width, -1).permute(0, 3, 1, 2)
+        return rows_of(functional.conv2d(maps, kernel_to_weight(kernel, size), padding=size // 2))
+
+    def pairs(rows: Tensor, kernel: Tensor) -> Tensor:
+        return _pairs_to_raster(rows, kernel, stride, size, pyramid)
+
+    if not choice.kernels_run_on(kernel.device):
+        return {"dense": dense, "pairs": pairs}
+    table = partial(pyramid.neighbours.inputs_of_places, stride, size)
+    transposed = partial(pyramid.neighbours.places_of_inputs, stride, size)
+    return {**_implicit_gemms(kernel, table, transposed), "dense": dense}
+
+
+def _implicit_gemms(
+    kernel: Tensor, table: Callable[[], Tensor], transposed: Callable[[], Tensor]
+) -> dict[str, Callable[..., Tensor]]:
+    from spark_me.sparse import implicit_gemm  # Triton is imported where it is used
+
+    def cut(blocks: implicit_gemm.Blocks) -> Callable[..., Tensor]:
+        return lambda rows, kernel: implicit_gemm.convolution(rows, kernel, table(), transposed, blocks)
+
+    _, in_channels, out_channels = kernel.shape
+    choices = implicit_gemm.block_choices(kernel.dtype, in_channels, out_channels, kernel.device)
+    return {f"implicit_gemm {name}": cut(blocks) for name, blocks in choices.items()}
+
+
+def _pairs_to_raster(rows: Tensor, kernel: Tensor, stride: int, size: int, pyramid: Pyramid) -> Tensor:
+    places = math.prod(pyramid.extent(stride))
+    return _PairConvolution.apply(rows, kernel, pyramid.neighbours.pairs_to_raster(stride, size), places, 1)
 
 
 def _patchify(rows: Tensor, kernel: Tensor, window: Window, neighbours: Neighbours) -> Tensor:

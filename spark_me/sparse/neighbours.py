@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spark_me.sparse.tables import Reads, around_places, rows_read
+
 
 class Window(NamedTuple):
     """A convolution's or pooling's geometry."""
@@ -144,6 +146,53 @@ class Neighbours:
                 pairs.append(Pairs(offset, inputs, ((image * height + out_y) * width + out_x)[inputs]))
             self._pairs[key] = pairs
         return self._pairs[key]
+
+    def inputs_of_outputs(self, window: Window) -> Tensor:
+        """int32 [K, N_out]: the input row under each kernel offset of each output; N_in where there is none."""
+        size, side = window.kernel_size, self.side(window.out_stride)
+        reads = Reads(side, size, scale=window.stride, step=window.dilation, first=-window.before, divisor=1)
+        return self._read(reads, window.in_stride)
+
+    def outputs_of_inputs(self, window: Window) -> Tensor:
+        """int32 [K, N_in], its transpose: the output that has an input under a kernel offset; N_out if none has."""
+        size, side = window.kernel_size, self.side(window.in_stride)
+        reads = Reads(side, size, scale=1, step=-window.dilation, first=window.before, divisor=window.stride)
+        return self._read(reads, window.out_stride)
+
+    def inputs_of_places(self, stride: int, kernel_size: int) -> Tensor:
+        """int32 [K, B·h·w]: as `inputs_of_outputs` of an odd, centred kernel, for every place of the dense map."""
+        key = ("inputs of places", stride, kernel_size)
+        if key not in self._tables:
+            side, patches = self.side(stride), self.sites(self.patch_size)
+            reads = Reads(side, kernel_size, scale=1, step=1, first=-(kernel_size // 2), divisor=1)
+            numbers = torch.where(self._visible, self._patch_number, patches)
+            table = rows_read(reads, around_places(numbers, reads.reach(side), patches), side, self.sites(stride))
+            table = table.view(-1, *self._visible.shape, side, side).transpose(3, 4)  # K b row y column x
+            self._tables[key] = table.reshape(kernel_size**2, -1)
+        return self._tables[key]
+
+    def places_of_inputs(self, stride: int, kernel_size: int) -> Tensor:
+        """int32 [K, N], its transpose: the place that has a row under a kernel offset; B·h·w outside the map."""
+        key = ("places of inputs", stride, kernel_size)
+        if key not in self._tables:
+            images, height, width = (a * b for a, b in zip(self._visible.shape, (1, *[self.side(stride)] * 2)))
+            image, y, x = self.positions(stride)
+            offset = torch.arange(kernel_size, device=image.device)[:, None] - kernel_size // 2
+            y, x = y - offset, (x - offset)[:, None]  # across down N
+            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            table = torch.where(inside, (image * height + y) * width + x, images * height * width)
+            self._tables[key] = table.int().flatten(0, 1)
+        return self._tables[key]
+
+    def _read(self, reads: Reads, stride: int) -> Tensor:
+        """The rows of `stride` that the places of the visible patches read."""
+        key = ("reads", reads, stride)
+        if key not in self._tables:
+            side = self.side(stride)
+            reach = reads.reach(side)
+            around = self.of_tiles(self.patch_size, -reach, 2 * reach + 1)
+            self._tables[key] = rows_read(reads, around, side, self.sites(stride))
+        return self._tables[key]
 
     def _rows_at(self, position: Tensor, stride: int) -> Tensor:
         """int64 [M, L, L]: rows at positions [L] (sites from a patch's corner, may lie outside) down × across."""

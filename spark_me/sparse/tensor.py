@@ -88,7 +88,8 @@ def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
     images, height, width = pyramid.extent(stride)
     kernel_size = weight.shape[-1]
     kernel = weight_to_kernel(weight, (kernel_size**2, weight.shape[1], weight.shape[0]))
-    pairs = pyramid.neighbours.pairs_to_raster(stride, kernel_size)
     dtype = compute_dtype(weight)
-    rows = fused.convolution_to_raster(x.F.to(dtype), kernel.to(dtype), pairs, images * height * width)
+    if kernel_size == 1:
+        return to_dense(with_features(x, x.F.to(dtype) @ kernel[0].to(dtype)))
+    rows = fused.convolution_to_raster(x.F.to(dtype), kernel.to(dtype), stride, pyramid)
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
