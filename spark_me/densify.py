@@ -46,14 +46,11 @@ class Densify(nn.Module):
         """The projection of a map that is the token everywhere: [1, width, H/s, W/s]."""
         # With a 3×3 kernel such a map differs at the border only, so a 3×3 map holds every value that there is.
         small = self.mask_token.expand(-1, -1, min(height, 3), min(width, 3))
-        rows, columns = (_stretch(length).to(small.device) for length in (height, width))
+        rows, columns = (_stretch(length, small.device) for length in (height, width))
         return self.projection(small)[:, :, rows[:, None], columns]
 
 
-def _stretch(length: int) -> Tensor:
+def _stretch(length: int, device: torch.device) -> Tensor:
     """Indices that enlarge an axis of at most 3 to `length`: first, middle …, last."""
-    if length <= 3:
-        return torch.arange(length)
-    indices = torch.ones(length, dtype=torch.long)
-    indices[0], indices[-1] = 0, 2
-    return indices
+    index = torch.arange(length, device=device)
+    return index if length <= 3 else (index > 0).long() + (index == length - 1)
