@@ -1,12 +1,13 @@
 # Every target that needs the environment sets it up first; what is in place is left alone.
 PYTHON ?= python3
 ENGINE ?=
+BENCH_OUT ?= runs/bench_cuda
 VENV ?= .venv
 DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cuda lint format doctor docker-check clean
+.PHONY: help setup demo test test-cuda bench-cuda lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +24,9 @@ test: setup ## run the tests
 
 test-cuda: setup ## run the tests that need a GPU
 	@$(BIN)/python -m pytest -q -m gpu
+
+bench-cuda: setup ## measure all backends on a GPU into BENCH_OUT; goes on where it was interrupted
+	@bench/cuda.sh "$(BIN)/spark-me" "$(BENCH_OUT)"
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check
