@@ -1,12 +1,13 @@
 # Every target that needs the environment sets it up first; what is in place is left alone.
 PYTHON ?= python3
 ENGINE ?=
+BENCH_OUT ?= runs/bench_cuda
 VENV ?= .venv
 DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-finetune test test-cuda check-cuda lint format doctor docker-check clean
+.PHONY: help setup demo demo-finetune test test-cuda bench-cuda check-cuda lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +33,9 @@ test-cuda: setup ## run the tests that need a GPU
 check-cuda: setup ## compile and link the engine for GPUs; needs nvcc but no GPU
 	@# The key of the cache holds all that decides a build: what was built before is not compiled again.
 	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(BIN)/spark-me engine install --cuda --build-only
+
+bench-cuda: setup ## measure all backends on a GPU into BENCH_OUT; goes on where it was interrupted
+	@bench/cuda.sh "$(BIN)/spark-me" "$(BENCH_OUT)"
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check

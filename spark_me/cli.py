@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from spark_me.cli_bench import add_bench
 from spark_me.cli_data import add_data
 from spark_me.cli_finetune import add_finetune
 from spark_me.cli_inference import add_inference
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_convert(commands)
     add_inference(commands)
-    _add_bench(commands)
+    add_bench(commands)
     add_data(commands)
     add_schedule(commands)
     _add_engine(commands)
@@ -94,53 +95,6 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{args.destination}: {done.encoder} from {done.source_layout} to {done.layout} layout")
     for note in done.notes:
         print(f"note: {note}")
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("bench", help="time and memory of sparse against dense, side by side")
-    add = parser.add_argument
-    add("--scope", choices=("encoder", "step", "both"), help="default: both, for a sweep encoder")
-    add("--encoder", default="resnet50")
-    add("--batch", type=int, default=8)
-    add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
-    add("--mask-ratio", type=float, default=0.6, help="share of hidden patches; 0 for the encoder only")
-    add("--decoder-width", type=int, default=512)
-    add("--backends", nargs="+", default=["fused", "minkowski", "masked_dense", "dense"], metavar="NAME",
-        help="of fused, minkowski, masked_dense, dense; default: all")  # fmt: skip
-    add("--device", default="auto", help="auto, cpu or cuda")
-    add("--dtype", default="float32", help="float32, bfloat16 or float16 (the latter two by autocast)")
-    add("--runs", type=int, default=5, help="passes of each backend that count")
-    add("--warmup", type=int, default=2, help="passes before them that do not")
-    add("--no-memory", dest="memory", action="store_false", help="skip the peak memory of activations")
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--sweep", choices=("mask_ratio", "batch", "image_size"), help="measure at several values of one property")
-    add("--values", type=float, nargs="+", help="the sweep's values")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the sweep")
-    parser.set_defaults(run=_bench)
-
-
-def _bench(args: argparse.Namespace) -> None:
-    if args.sweep is None and (args.plot is not None or args.values is not None):
-        raise UserError("--plot and --values belong to a sweep: add --sweep mask_ratio, batch or image_size")
-    if len(args.image_size) > 2:
-        raise UserError("--image-size takes the side of a square, or H and W")
-    from spark_me.benchmark.case import Case, pick_device
-    from spark_me.benchmark.command import bench, bench_sweep
-
-    case = Case(
-        args.encoder,
-        args.batch,
-        (args.image_size[0], args.image_size[-1]),
-        args.mask_ratio,
-        args.decoder_width,
-        pick_device(args.device),
-        args.dtype,
-    )
-    options = {name: getattr(args, name) for name in ("backends", "runs", "warmup", "memory")}
-    if args.sweep is None:
-        bench(case, args.scope or "both", args.json, **options)
-    else:
-        bench_sweep(case, args.scope or "encoder", args.json, args.sweep, args.values, args.plot, **options)
 
 
 def _add_engine(commands: argparse._SubParsersAction) -> None:

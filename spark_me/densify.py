@@ -52,5 +52,5 @@ class Densify(nn.Module):
 
 def _stretch(length: int, device: torch.device) -> Tensor:
     """Indices that enlarge an axis of at most 3 to `length`: first, middle …, last."""
-    place = torch.arange(length, device=device)
-    return place if length <= 3 else (place > 0).long() + (place == length - 1).long()
+    index = torch.arange(length, device=device)
+    return index if length <= 3 else (index > 0).long() + (index == length - 1)

@@ -56,7 +56,8 @@ class MaskedDenseSparK(nn.Module):
         mean = targets.mean(dim=1, keepdim=True)
         variance = (targets - mean).square().sum(dim=1, keepdim=True) / (targets.shape[1] - 1)
         errors = (predictions - (targets - mean) / torch.sqrt(variance + 1e-6)).square().mean(dim=1)
-        return errors[~visible.flatten(1)].mean()
+        hidden = ~visible.flatten(1)
+        return (errors * hidden).sum() / hidden.sum()
 
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W]."""

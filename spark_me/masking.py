@@ -39,7 +39,6 @@ def draw_visible(
     *,
     valid: Tensor | None = None,
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
 ) -> Tensor:
     """Draw uniformly which patches of each image stay visible (paper, section 3.1).
 
@@ -48,12 +47,11 @@ def draw_visible(
         grid: (fh, fw), the number of patches down and across.
         mask_ratio: share of patches to hide, in (0, 1).
         valid: bool [B, fh, fw] on the generator's device, the patches to draw from; all when None.
-        generator: source of randomness; torch's default one when None.
-        device: where the mask goes. It is drawn on the generator's device (CPU when None).
+        generator: source of randomness; torch's default one of the CPU when None.
 
     Returns:
-        bool [B, fh, fw], True = visible; round(patches·(1 − ratio)) in every image. Of n < fh·fw valid patches at
-        least 1 and at most n − 1 are visible.
+        bool [B, fh, fw] on the generator's device, True = visible; round(patches·(1 − ratio)) in every image. Of
+        n < fh·fw valid patches at least 1 and at most n − 1 are visible.
 
     Raises:
         ValueError: if an image has fewer than two valid patches.
@@ -66,7 +64,7 @@ def draw_visible(
         kept = _count_visible_of_valid(valid, mask_ratio)
         noise = noise.masked_fill(~valid.flatten(1), 2)  # behind all others
     place = noise.argsort(dim=1).argsort(dim=1)
-    return (place < kept).view(batch_size, *grid).to(device)
+    return (place < kept).view(batch_size, *grid)
 
 
 def _count_visible_of_valid(valid: Tensor, mask_ratio: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spark_me import masking, sparse
 from spark_me.decoder import Decoder, patch_loss
 from spark_me.densify import Densify
+from spark_me.devices import copy_to
 from spark_me.encoders.base import SparseEncoder
 from spark_me.errors import UserError
 from spark_me.sparse import Pyramid, SparseTensor
@@ -63,7 +64,8 @@ class SparK(nn.Module):
 
         Args:
             images: [B, C, H, W].
-            visible: bool [B, fh, fw]; drawn when None.
+            visible: bool [B, fh, fw]; drawn when None. Best on the CPU even if the images are on a GPU, and `valid`
+                too: read back from there, they make the host wait for all work on it.
             valid: bool [B, fh, fw], False where a patch has nodata pixels: it is neither encoded nor in the loss,
                 whatever its values. All patches count when None.
 
@@ -85,7 +87,7 @@ class SparK(nn.Module):
         """Dense feature maps [B, C_i, H/s_i, W/s_i], shallow to deep, zero at empty sites; all visible when None."""
         if visible is None:
             grid = masking.grid_of(images.shape[-2:], self.patch_size)
-            visible = torch.ones(images.shape[0], *grid, dtype=torch.bool, device=images.device)
+            visible = torch.ones(images.shape[0], *grid, dtype=torch.bool)
         return [sparse.to_dense(x) for x in self._encode(images, visible)]
 
     @torch.no_grad()
@@ -99,10 +101,11 @@ class SparK(nn.Module):
         target, mean, deviation = self._target(images)
         grid = (visible.shape[1], visible.shape[2])
         prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
-        return Reconstruction(prediction, visible, patch_loss(normalised, target, targets.flatten(1)))
+        loss = patch_loss(normalised, target, targets.flatten(1))
+        return Reconstruction(prediction, copy_to(visible, images.device), loss)
 
     def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:
-        pyramid = Pyramid(visible, self.patch_size, self.backend)
+        pyramid = Pyramid(visible, self.patch_size, self.backend, images.device)
         return self.encoder(sparse.to_sparse(images, pyramid))
 
     def _target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,20 +116,19 @@ class SparK(nn.Module):
         return (patches - mean) / deviation, mean, deviation
 
     def _prepare(self, images: Tensor, visible: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The images without their nodata, which patches are visible, and which are reconstructed."""
+        """The images without their nodata, which patches are visible (on the CPU), and which are reconstructed."""
+        valid = None if valid is None else valid.cpu()
         if visible is None:
             grid = masking.grid_of(images.shape[-2:], self.patch_size)
-            drawn_from = None if valid is None else valid.cpu()
-            visible = masking.draw_visible(
-                images.shape[0], grid, self.mask_ratio, valid=drawn_from, device=images.device
-            )
+            visible = masking.draw_visible(images.shape[0], grid, self.mask_ratio, valid=valid)
+        visible = visible.cpu()
         if valid is None:
-            return images, visible, ~visible
+            return images, visible, copy_to(~visible, images.device)
         if (visible & ~valid).any():
             raise ValueError("a patch with nodata pixels cannot be visible")
-        # Selected, not multiplied: a NaN times zero would reach the gradients.
-        has_data = masking.upsample_visible(valid, self.patch_size)[:, None]
-        return torch.where(has_data, images, 0), visible, valid & ~visible
+        # Filled, not multiplied: a NaN times zero would reach the gradients.
+        nodata = masking.upsample_visible(copy_to(~valid, images.device), self.patch_size)[:, None]
+        return images.masked_fill(nodata, 0), visible, copy_to(valid & ~visible, images.device)
 
 
 def _check_scales(encoder: SparseEncoder) -> None:

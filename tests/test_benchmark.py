@@ -146,7 +146,7 @@ def test_all_backends_in_both_scopes():
         assert sum(row.yardstick for row in result.rows) == 2
     encoder, step = report.scopes
     assert encoder.tables is not None and encoder.tables.seconds > 0 and step.tables is None
-    assert len(units) == count_units(SCOPES, BACKENDS, **options)
+    assert len(units) == count_units(TINY, SCOPES, BACKENDS, **options)
     text = format_report(report)
     for backend in BACKENDS:
         assert text.count(f"\n{backend} ") == (2 if backend in sparse.BACKENDS else 4)
@@ -171,14 +171,14 @@ def test_every_pass_builds_its_pyramid(monkeypatch):
 
     class Counted(sparse.Pyramid):
         def __init__(self, *arguments: object) -> None:
-            built.append(arguments[2])
+            built.append(arguments[2:])
             super().__init__(*arguments)
 
     workload = Workload(TINY, "encoder", FUSED)
     monkeypatch.setattr(sparse, "Pyramid", Counted)
     workload.run()
     workload.run()
-    assert built == ["fused", "fused"]
+    assert built == [("fused", torch.device("cpu"))] * 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

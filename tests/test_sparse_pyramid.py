@@ -3,6 +3,8 @@ import torch
 from conftest import contract_masks
 
 from spark_me import sparse
+from spark_me.errors import EngineError
+from spark_me.sparse.minkowski import ME
 
 
 def canonical_sites(visible, patch_size, stride):
@@ -105,3 +107,89 @@ def test_building_one_leaves_the_number_of_threads_alone(visible):
     sparse.Pyramid(visible, 8)
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+class Counted(sparse.Pyramid):
+    """Counts what is inserted into the engine."""
+
+    inserted = 0
+
+    def insert_and_map(self, *arguments):
+        self.inserted += 1
+        return super().insert_and_map(*arguments)
+
+
+def test_the_fused_backend_asks_the_engine_for_nothing(visible):
+    pyramid = Counted(visible, 8, "fused")
+    dense = torch.randn(6, 2, 24, 32, requires_grad=True)
+    x = sparse.to_sparse(dense, pyramid)
+    for layer in (sparse.Conv2d(2, 2, 3, 2), sparse.MaxPool2d(3, 2), sparse.Conv2d(2, 2, 3), sparse.BatchNorm(2)):
+        x = layer(x)
+    sparse.to_dense(x).sum().backward()
+    assert pyramid.inserted == 0
+    assert x.C.tolist() == canonical_sites(visible, 8, 4)
+    assert pyramid.inserted == len(pyramid.strides)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda pyramid: pyramid.size(pyramid.key(2)) == len(pyramid.coordinates(2)),
+        lambda pyramid: torch.equal(pyramid.get_coordinates(4).long(), pyramid.coordinates(4)),
+        lambda pyramid: pyramid.stride(pyramid.key(1), 8) == pyramid.key(8),
+        lambda pyramid: len(pyramid.origin_map(pyramid.key(8))[1]) == len(pyramid.visible),
+        lambda pyramid: len(pyramid.kernel_map(pyramid.key(1), pyramid.key(2), stride=2, kernel_size=2)) == 4,
+        lambda pyramid: "CoordinateMapCPU:28x3" in repr(pyramid),
+    ],
+)  # fmt: skip
+def test_whatever_asks_the_engine_first_finds_all_sites(ask, visible):
+    pyramid = Counted(visible, 8, "fused")
+    assert ask(pyramid)
+    assert pyramid.inserted == len(pyramid.strides)
+
+
+def test_the_engines_own_layers_work_on_tensors_of_the_fused_backend(visible):
+    """Convolution, its transpose back, and pooling, none of them ours, forward and backward."""
+    stock = torch.nn.Sequential(
+        ME.MinkowskiConvolution(2, 3, kernel_size=3, stride=2, dimension=2),
+        ME.MinkowskiConvolutionTranspose(3, 2, kernel_size=2, stride=2, dimension=2),
+        ME.MinkowskiSumPooling(kernel_size=2, stride=2, dimension=2),
+    ).double()
+    results = []
+    for backend in sparse.BACKENDS:
+        dense = torch.linspace(-1, 1, 6 * 2 * 24 * 32).double().view(6, 2, 24, 32).requires_grad_()
+        x = sparse.to_sparse(dense, sparse.Pyramid(visible, 8, backend))
+        if backend == "minkowski":
+            assert x.C.tolist() == canonical_sites(visible, 8, 1)  # filled before the layers, as it used to be
+        out = stock(x)
+        out.F.square().sum().backward()
+        results.append((out.F, dense.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+def test_an_engine_that_reorders_is_refused(visible):
+    class Reordering(sparse.Pyramid):
+        def insert_and_map(self, *arguments):
+            key, (kept_rows, inverse) = super().insert_and_map(*arguments)
+            return key, (kept_rows.flip(0), inverse)
+
+    x = sparse.to_sparse(torch.randn(6, 2, 24, 32), Reordering(visible, 8))
+    with pytest.raises(EngineError, match="reordered the sites of stride 1"):
+        sparse.Conv2d(2, 2, 3)(x)
+
+
+def test_features_may_be_elsewhere_than_the_mask(visible):
+    pyramid = sparse.Pyramid(visible, 8, "fused", device="meta")
+    x = sparse.to_sparse(torch.empty(6, 3, 24, 32, device="meta"), pyramid)
+    assert x.F.shape == (len(canonical_sites(visible, 8, 1)), 3) and x.F.device.type == "meta"
+    assert sparse.to_dense(x).shape == (6, 3, 24, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_gpu_engine_keeps_the_canonical_order(device, visible):
+    pyramid = sparse.Pyramid(visible.to(device), 8, device="cuda")
+    for stride in pyramid.strides:
+        expected = canonical_sites(visible, 8, stride)
+        assert pyramid.get_coordinates(pyramid.key(stride)).tolist() == expected
+        assert pyramid.coordinates(stride).tolist() == expected

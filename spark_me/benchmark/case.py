@@ -1,7 +1,8 @@
 """What is measured: an encoder, a batch, a mask, a device and a precision."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,14 +10,15 @@ from torch import Tensor
 
 from spark_me import masking
 from spark_me.decoder import Decoder
+from spark_me.devices import float32_products
 from spark_me.encoders import patch_size_of
 from spark_me.engine.record import installed_record
 from spark_me.errors import UserError
 
 SCOPES = ("encoder", "step")
 """The encoder alone; the whole pretraining step with densify, decoder and loss."""
-DTYPES = ("float32", "bfloat16", "float16")
-"""Precision of the computation; the two short ones by autocast, with parameters in float32."""
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
+"""Precision of the computation, with parameters in float32: tf32 on GPUs alone, the last two by autocast."""
 IN_CHANNELS = 3
 
 
@@ -57,6 +59,23 @@ class Case:
         """Share of the patches that stays visible, as counted in whole patches."""
         return self.visible_patches / self.patches
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within, products take this precision, and cuDNN searches for its best kernels, as shapes do not change."""
+        cudnn = torch.backends.cudnn
+        before = cudnn.benchmark
+        cudnn.benchmark = True
+        try:
+            with float32_products(tf32=self.dtype == "tf32"):
+                yield
+        finally:
+            cudnn.benchmark = before
+
+    def autocast(self) -> torch.autocast:
+        """What the forward pass runs under."""
+        short = self.dtype in ("bfloat16", "float16")
+        return torch.autocast(self.device, getattr(torch, self.dtype) if short else None, enabled=short)
+
     def check(self, scopes: Sequence[str]) -> None:
         """Refuse now what would fail later.
 
@@ -87,15 +106,14 @@ class Case:
         return dataclasses.replace(self, batch=2, image_size=(side, side), mask_ratio=0.5)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, H, W] of noise and visible bool [B, fh, fw], the same at every call, on the device."""
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(self.batch, IN_CHANNELS, *self.image_size, generator=generator)
+        """Noise as images [B, 3, H, W] on the device, visible bool [B, fh, fw] on the CPU, the same at every call."""
+        on_device = torch.Generator(self.device).manual_seed(0)
+        images = torch.randn(self.batch, IN_CHANNELS, *self.image_size, generator=on_device, device=self.device)
         grid = masking.grid_of(self.image_size, self.patch_size)
         if self.mask_ratio == 0:
-            visible = torch.ones(self.batch, *grid, dtype=torch.bool)
-        else:
-            visible = masking.draw_visible(self.batch, grid, self.mask_ratio, generator=generator)
-        return images.to(self.device), visible.to(self.device)
+            return images, torch.ones(self.batch, *grid, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)
+        return images, masking.draw_visible(self.batch, grid, self.mask_ratio, generator=generator)
 
 
 def pick_device(name: str) -> str:
@@ -122,5 +140,7 @@ def _check_device(device: str) -> None:
 def _check_dtype(dtype: str, device: str) -> None:
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype == "tf32" and device != "cuda":
+        raise UserError("--dtype tf32 is a way of GPUs to compute: use --dtype float32 on a CPU")
     if dtype == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(f"{torch.cuda.get_device_name()} does not compute in bfloat16: use --dtype float16 or float32")

@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from spark_me.benchmark.case import SCOPES, Case
+from spark_me.benchmark.largest import find_largest_batches
 from spark_me.benchmark.measure import count_units, measure
 from spark_me.benchmark.plot import draw_sweep
-from spark_me.benchmark.report import format_report, format_sweep
+from spark_me.benchmark.report import format_largest, format_report, format_sweep
 from spark_me.benchmark.sweep import SWEEPS, cases_of, sweep
 from spark_me.errors import UserError
 from spark_me.files import atomic_write, write_text
@@ -26,7 +27,7 @@ def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> Non
         case: what is measured.
         scope: one of `SCOPES`, or "both".
         json_file: where all figures go.
-        options: `backends`, `runs`, `warmup`, `memory` of `measure`.
+        options: `backends`, `runs`, `warmup`, `memory`, `compiled` of `measure`.
 
     Raises:
         UserError: for input that does not fit, before anything is measured.
@@ -34,7 +35,7 @@ def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> Non
     scopes = _scopes(scope)
     case.check(scopes)
     _check_outputs(json_file)
-    with _Progress(count_units(scopes, **options)) as progress:
+    with _Progress(count_units(case, scopes, **options)) as progress:
         report = measure(case, scopes, advance=progress.advance, **options)
     print(format_report(report))
     if json_file is not None:
@@ -59,7 +60,7 @@ def bench_sweep(
         name: a key of `SWEEPS`.
         values: None takes those of `SWEEPS`.
         plot_file: the PNG to draw.
-        options: `backends`, `runs`, `warmup`, `memory` of `measure`.
+        options: `backends`, `runs`, `warmup`, `memory`, `compiled` of `measure`.
 
     Raises:
         UserError: for input that does not fit, before anything is measured.
@@ -70,7 +71,7 @@ def bench_sweep(
     if plot_file is not None and plot_file.suffix != ".png":
         raise UserError(f"--plot {plot_file}: the picture is a PNG, so end the name in .png")
     _check_outputs(json_file, plot_file)
-    with _Progress(len(values) * count_units(scopes, **options)) as progress:
+    with _Progress(len(values) * count_units(case, scopes, **options)) as progress:
         for result in sweep(case, name, values, scopes, advance=progress.advance, **options):
             if json_file is not None:
                 _write_json(json_file, result.as_dict())
@@ -80,10 +81,30 @@ def bench_sweep(
             file.write(draw_sweep(result))
 
 
+def bench_largest(case: Case, scope: str, json_file: Path | None, backends: Sequence[str]) -> None:
+    """Find the largest batch of each backend that fits into the GPU, and print it.
+
+    Args:
+        case: everything else.
+        scope: one of `SCOPES`.
+        json_file: where all figures go.
+        backends: of `BACKENDS`.
+
+    Raises:
+        UserError: for input that does not fit, before anything is measured.
+    """
+    _check_outputs(json_file)
+    with _Progress(None) as progress:
+        result = find_largest_batches(case, scope, backends, progress.advance)
+    print(format_largest(result))
+    if json_file is not None:
+        _write_json(json_file, dataclasses.asdict(result))
+
+
 class _Progress:
     """A bar on stderr that names what is running; a log file gets none."""
 
-    def __init__(self, units: int) -> None:
+    def __init__(self, units: int | None) -> None:
         self._bar = tqdm(total=units, file=sys.stderr, leave=False, disable=not sys.stderr.isatty())
         self._begun = False
 

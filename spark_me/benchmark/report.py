@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from spark_me.benchmark.largest import LargestBatches
 from spark_me.benchmark.results import Report, Row, ScopeResult
 from spark_me.benchmark.sweep import Sweep
 from spark_me.benchmark.workloads import BACKENDS
@@ -39,6 +40,20 @@ def format_sweep(sweep: Sweep) -> str:
     return "\n".join(lines)
 
 
+def format_largest(result: LargestBatches) -> str:
+    """Machine, then the largest batch of every backend."""
+    case = result.case
+    rows = [["backend", "runs as", "largest batch", "limit"]]
+    for each in result.largest:
+        rows.append([each.backend, manner(each.memory_format, False), str(each.batch), each.limit])
+    height, width = case.image_size
+    facts = (
+        f"{case.encoder}, {result.scope}, {height}×{width} pixels, mask ratio {case.mask_ratio:g}, {case.dtype}, "
+        f"on {case.device} with {result.gpu_bytes / 2**30:.1f} GiB; forward + backward, without an optimizer"
+    )
+    return "\n".join([*_head(result.machine), facts, "", *_align(rows, left=2)])
+
+
 def _head(machine: Machine) -> list[str]:
     versions = " · ".join(f"{name} {version}" for name, version in machine.versions.items())
     lines = [f"spark-me bench · {machine.date}", versions, f"{machine.processor} · {machine.threads} threads"]
@@ -53,11 +68,12 @@ def _counts(report: Report) -> str:
 
 
 def _scope_text(report: Report, result: ScopeResult) -> str:
-    header = ["backend", "memory format", "median s", "min–max s", "images/s"]
+    header = ["backend", "runs as", "median s", "min–max s", "images/s"]
     header += ["× masked_dense", "× dense", "÷ floor", "activations MiB", "÷ masked_dense"]
     lines = ["", f"{result.scope}, forward + backward", *_align([header, *map(_cells, result.rows)], left=2)]
     if any(row.yardstick for row in result.rows):
-        lines.append("*: the faster memory format, which the others are compared with")
+        lines.append("*: the fastest of its backend, which the others are compared with")
+    lines += [f"{name}: {reason}" for name, reason in result.left_out.items()]
     if result.floor_seconds is not None:
         unreachable = "; no step reaches it, as its decoder is dense by the method" if result.scope == "step" else ""
         share = f"{report.visible_patches}/{report.patches}"
@@ -72,7 +88,7 @@ def _cells(row: Row) -> list[str]:
     mebibytes = None if row.activation_bytes is None else row.activation_bytes / 2**20
     return [
         row.backend,
-        "-" if row.memory_format is None else row.memory_format + " *" * row.yardstick,
+        manner(row.memory_format, row.compiled) + " *" * row.yardstick,
         f"{row.median:.4f}",
         f"{row.fastest:.4f}–{row.slowest:.4f}",
         f"{row.images_per_second:.2f}",
@@ -82,6 +98,11 @@ def _cells(row: Row) -> list[str]:
         _number(mebibytes, 0),
         _number(row.activation_ratio, 2),
     ]
+
+
+def manner(memory_format: str | None, compiled: bool) -> str:
+    """How a backend runs; a dash for the sparse ones, which know one manner only."""
+    return "-" if memory_format is None else memory_format + ", compiled" * compiled
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -11,12 +11,13 @@ from spark_me.machine import Machine
 
 @dataclass(frozen=True)
 class Row:
-    """One backend, in one memory format. A figure that needs a backend which did not run is None."""
+    """One backend, run in one manner. A figure that needs a backend which did not run is None."""
 
     backend: str
     memory_format: str | None
+    compiled: bool
     yardstick: bool
-    """The faster memory format of a dense backend: the one that the others are compared with."""
+    """The fastest manner of a dense backend: the one that the others are compared with."""
     seconds: list[float]
     median: float
     fastest: float
@@ -52,9 +53,11 @@ class ScopeResult:
     floor_seconds: float | None
     """Dense time × visible share."""
     tables: Tables | None
+    left_out: dict[str, str]
+    """What did not run, and why."""
 
     def fastest_row(self, backend: str) -> Row | None:
-        """The backend's row, in its faster memory format; None if it did not run."""
+        """The backend's row, in its fastest manner; None if it did not run."""
         return min((row for row in self.rows if row.backend == backend), key=lambda row: row.median, default=None)
 
 
@@ -79,6 +82,7 @@ def compare(
     batch: int,
     visible_share: float,
     table_seconds: float | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> ScopeResult:
     """Medians and ratios from the times of all runs.
 
@@ -89,6 +93,7 @@ def compare(
         batch: B.
         visible_share: of the patches.
         table_seconds: time of the pyramid and the tables; needs the fused backend among the variants.
+        left_out: what did not run, and why.
     """
     median = {variant: statistics.median(times) for variant, times in seconds.items()}
     masked, dense = (_fastest(median, backend) for backend in ("masked_dense", "dense"))
@@ -97,6 +102,7 @@ def compare(
         Row(
             backend=variant.backend,
             memory_format=variant.memory_format,
+            compiled=variant.compiled,
             yardstick=variant in (masked, dense),
             seconds=times,
             median=median[variant],
@@ -114,7 +120,7 @@ def compare(
     tables = None
     if table_seconds is not None:
         tables = Tables(table_seconds, table_seconds / median[Variant("fused", None)])
-    return ScopeResult(scope, rows, floor, tables)
+    return ScopeResult(scope, rows, floor, tables, dict(left_out or {}))
 
 
 def _fastest(median: Mapping[Variant, float], backend: str) -> Variant | None:

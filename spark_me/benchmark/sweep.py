@@ -46,7 +46,7 @@ class Sweep:
         return [report.visible_patches / report.patches for report in self.reports]
 
     def medians(self, scope: str, backend: str) -> list[float]:
-        """Seconds of a backend in each report, in its faster memory format; empty if it did not run."""
+        """Seconds of a backend in each report, in its fastest manner; empty if it did not run."""
         rows = [
             result.fastest_row(backend) for report in self.reports for result in report.scopes if result.scope == scope
         ]

@@ -20,7 +20,7 @@ def time_tables(case: Case, *, runs: int, warmup: int) -> float:
     calls = calls_of_a_pass(case)
 
     def build() -> None:
-        pyramid = sparse.Pyramid(visible, case.patch_size, "fused")
+        pyramid = sparse.Pyramid(visible, case.patch_size, "fused", case.device)
         pyramid.raster_index(1)  # gathers the visible pixels
         for method, arguments in calls:
             getattr(pyramid.neighbours, method)(*arguments)
@@ -33,12 +33,14 @@ def time_tables(case: Case, *, runs: int, warmup: int) -> float:
 def calls_of_a_pass(case: Case) -> list[Call]:
     """What the encoder's forward and backward pass asks the tables for, each question once."""
     images, visible = case.draw()
-    pyramid = sparse.Pyramid(visible, case.patch_size, "fused")
+    pyramid = sparse.Pyramid(visible, case.patch_size, "fused", case.device)
     recorder: Any = _Recorder(pyramid.neighbours)
     pyramid.neighbours = recorder
     encoder = build_encoder(case.encoder, drop_path=0.0).to(case.device)
-    features = encoder(sparse.to_sparse(images, pyramid))
-    torch.stack([x.F.mean() for x in features]).sum().backward()
+    with case.computing():
+        with case.autocast():
+            features = encoder(sparse.to_sparse(images, pyramid))
+        torch.stack([x.F.mean(dtype=torch.float32) for x in features]).sum().backward()
     return list(recorder.calls)
 
 

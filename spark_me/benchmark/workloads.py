@@ -24,18 +24,25 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Variant(NamedTuple):
-    """A backend, and how a dense one lays out its maps."""
+    """A backend, and how a dense one runs."""
 
     backend: str
     memory_format: str | None
     """A key of `MEMORY_FORMATS`; None for the sparse backends, whose rows know no other order."""
+    compiled: bool = False
+    """By `torch.compile`."""
 
     def __str__(self) -> str:
-        return self.backend if self.memory_format is None else f"{self.backend} ({self.memory_format})"
+        manner = ", ".join([self.memory_format or "", *["compiled"] * self.compiled])
+        return f"{self.backend} ({manner})" if manner else self.backend
 
 
-def variants_of(backends: Sequence[str]) -> list[Variant]:
-    """What has to run: the dense backends in both memory formats, as either may be the faster one.
+def variants_of(backends: Sequence[str], *, compiled: bool = False) -> list[Variant]:
+    """What has to run: the dense backends in every manner that may be the fastest one.
+
+    Args:
+        backends: of `BACKENDS`.
+        compiled: whether they run compiled too, in the memory format that suits compilers.
 
     Raises:
         UserError: for an unknown backend, or none.
@@ -48,8 +55,11 @@ def variants_of(backends: Sequence[str]) -> list[Variant]:
             close = difflib.get_close_matches(backend, BACKENDS, n=1)
             hint = f"did you mean {close[0]}?" if close else f"choose among {', '.join(BACKENDS)}"
             raise UserError(f"unknown backend {backend!r}: {hint}")
-        formats: Sequence[str | None] = [None] if backend in sparse.BACKENDS else list(MEMORY_FORMATS)
-        variants += [Variant(backend, memory_format) for memory_format in formats]
+        if backend in sparse.BACKENDS:
+            variants.append(Variant(backend, None))
+        else:
+            variants += [Variant(backend, memory_format) for memory_format in MEMORY_FORMATS]
+            variants += [Variant(backend, "channels_last", compiled=True)] * compiled
     return variants
 
 
@@ -62,23 +72,27 @@ class Workload:
 
     def __init__(self, case: Case, scope: str, variant: Variant) -> None:
         self._case = case
+        # the sparse backends build their pyramid from a mask on the CPU, as training does
+        self._mask_device = "cpu" if variant.backend in sparse.BACKENDS else case.device
         self._memory_format = MEMORY_FORMATS[variant.memory_format or "contiguous"]
         self.model, self._loss = _BUILDERS[scope](case, variant.backend)
         _start_norms_at_one(self.model)
         self.model.to(case.device).to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        if variant.compiled:
+            self.model.compile(dynamic=False)
         self._inputs = self.inputs(case)
 
     def inputs(self, case: Case) -> tuple[Tensor, Tensor]:
         """The case's images, in this backend's memory format, and mask."""
         images, visible = case.draw()
-        return images.contiguous(memory_format=self._memory_format), visible
+        return images.contiguous(memory_format=self._memory_format), visible.to(self._mask_device)
 
     def run(self, inputs: tuple[Tensor, Tensor] | None = None) -> None:
         """One forward and backward pass, of this workload's own inputs when None, finished when it returns."""
-        dtype = getattr(torch, self._case.dtype)
-        with torch.autocast(self._case.device, dtype, enabled=dtype != torch.float32):
-            loss = self._loss(*(inputs or self._inputs))
-        loss.backward()
+        with self._case.computing():
+            with self._case.autocast():
+                loss = self._loss(*(inputs or self._inputs))
+            loss.backward()
         if self._case.device == "cuda":
             torch.cuda.synchronize()
 
@@ -99,7 +113,7 @@ def _build_encoder(case: Case, backend: str) -> tuple[nn.Module, Loss]:
 
     def loss(images: Tensor, visible: Tensor) -> Tensor:
         # a new mask in every step of training: its pyramid and tables belong to the pass
-        pyramid = sparse.Pyramid(visible, case.patch_size, backend)
+        pyramid = sparse.Pyramid(visible, case.patch_size, backend, images.device)
         return _sum_of_means([x.F for x in model(sparse.to_sparse(images, pyramid))])
 
     return model, loss

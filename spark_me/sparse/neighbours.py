@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spark_me.devices import copy_to
 from spark_me.sparse.tables import Reads, around_places, rows_read
 
 
@@ -54,17 +55,20 @@ class Pairs(NamedTuple):
 class Neighbours:
     """Index tables of one pyramid, built on first use. A missing neighbour is numbered N, one past the last row."""
 
-    def __init__(self, visible: Tensor, patch_size: int) -> None:
+    def __init__(self, visible: Tensor, patch_size: int, device: torch.device | None = None) -> None:
         """
         Args:
-            visible: bool [B, fh, fw].
+            visible: bool [B, fh, fw]; on the CPU, or building waits for its device.
             patch_size: P.
+            device: of the tables; that of `visible` when None.
         """
+        device = visible.device if device is None else device
+        on_host = visible.cpu()
         self.patch_size = patch_size
-        self._patches = visible.nonzero()
+        self._patches = copy_to(on_host.nonzero(), device)
         # Number of the visible patch at every place of the grid, counted in canonical order.
-        self._patch_number = visible.flatten().cumsum(0).sub(1).view(visible.shape)
-        self._visible = visible
+        self._patch_number = copy_to(on_host.flatten().cumsum(0).sub(1).view(on_host.shape), device)
+        self._visible = copy_to(on_host, device)
         self._tables: dict[tuple, Tensor] = {}
         self._pairs: dict[tuple, list[Pairs]] = {}
 
@@ -88,10 +92,11 @@ class Neighbours:
         """int64 [N_out, K]: the input row under each kernel offset of each output site."""
         key = ("sites", window)
         if key not in self._tables:
-            side, offset = self.side(window.out_stride), torch.arange(window.kernel_size) * window.dilation
+            side, device = self.side(window.out_stride), self._patches.device
+            offset = torch.arange(window.kernel_size, device=device) * window.dilation
             # position within the patch of output row i under kernel offset j, along one axis: [side, k]
-            position = torch.arange(side)[:, None] * window.stride + offset - window.before
-            table = self._rows_at(position.flatten().to(self._patches.device), window.in_stride)
+            position = torch.arange(side, device=device)[:, None] * window.stride + offset - window.before
+            table = self._rows_at(position.flatten(), window.in_stride)
             table = table.view(-1, side, window.kernel_size, side, window.kernel_size)  # M y ky x kx
             self._tables[key] = table.permute(0, 1, 3, 4, 2).reshape(-1, window.kernel_size**2)
         return self._tables[key]

@@ -1,8 +1,11 @@
 """The visible sites of a batch at every stride, inserted into one coordinate manager in canonical order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from spark_me.devices import copy_to
 from spark_me.errors import EngineError
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Neighbours
@@ -11,48 +14,62 @@ BACKENDS = ("fused", "minkowski")
 
 
 class Pyramid(ME.CoordinateManager):
-    """MinkowskiEngine's coordinate manager, filled from `visible` alone before the first layer runs.
+    """MinkowskiEngine's coordinate manager, filled from `visible` alone and before any layer of the engine runs.
 
     The rows of stride s are ordered by image, then patch row-major, then position within the patch row-major
     (canonical order), so that row `i` belongs to patch `i // (P/s)²`. MinkowskiEngine finds these maps by their
     stride when a strided layer asks for one: the order holds at every layer, and runs are deterministic.
 
+    The number and places of the sites are known on the host, so no size is ever read back from a device. The `fused`
+    backend asks the engine for nothing; its maps are inserted when something does.
+
     Attributes:
-        visible: bool [B, fh, fw].
+        visible: bool [B, fh, fw], on the device.
         patch_size: P, a power of two; also the deepest stride.
         backend: how the layers that receive tensors of this pyramid compute.
         neighbours: index tables of the `fused` backend, built on first use.
     """
 
-    def __init__(self, visible: Tensor, patch_size: int, backend: str = "minkowski") -> None:
+    _inserted = False
+
+    def __init__(
+        self,
+        visible: Tensor,
+        patch_size: int,
+        backend: str = "minkowski",
+        device: torch.device | str | None = None,
+    ) -> None:
         """
         Args:
-            visible: bool [B, fh, fw], True = kept; every image needs at least one visible patch.
+            visible: bool [B, fh, fw], True = kept; every image needs at least one visible patch. Best on the CPU,
+                whatever `device` is: from a GPU it is read back, which waits for all work there.
             patch_size: P.
             backend: one of `BACKENDS`.
+            device: of features and tables; that of `visible` when None.
 
         Raises:
             ValueError: for another shape or dtype, an image without a visible patch, an unknown backend.
         """
         if visible.dtype != torch.bool or visible.dim() != 3:
             raise ValueError(f"visible must be bool [B, fh, fw], not {visible.dtype} {tuple(visible.shape)}")
-        if not visible.flatten(1).any(dim=1).all():
+        device = visible.device if device is None else torch.device(device)
+        on_host = visible.cpu()
+        if not on_host.flatten(1).any(dim=1).all():
             raise ValueError("every image needs at least one visible patch")
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-        on_gpu = visible.device.type == "cuda"
         super().__init__(
             D=2,
             # Left to itself, the engine sets the number of OpenMP threads of the whole process.
             num_threads=torch.get_num_threads(),
-            coordinate_map_type=ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU,
+            coordinate_map_type=ME.CoordinateMapType.CUDA if device.type == "cuda" else ME.CoordinateMapType.CPU,
         )
-        self.visible = visible
+        self.visible = copy_to(on_host, device)
         self.patch_size = patch_size
         self.backend = backend
-        self.neighbours = Neighbours(visible, patch_size)
+        self.neighbours = Neighbours(on_host, patch_size, device)
         self.strides = tuple(2**level for level in range(patch_size.bit_length()))
-        self._keys = {stride: self._insert(stride) for stride in self.strides}
+        self._keys = {stride: ME.CoordinateMapKey([stride, stride], "") for stride in self.strides}
         self._raster_indices: dict[int, Tensor] = {}
 
     def key(self, stride: int) -> "ME.CoordinateMapKey":
@@ -82,11 +99,24 @@ class Pyramid(ME.CoordinateManager):
         """int64 [N], the image that each site belongs to."""
         return self.neighbours.positions(stride)[0]
 
-    def _insert(self, stride: int) -> "ME.CoordinateMapKey":
+    @property
+    def _manager(self) -> Any:
+        """The engine's own manager. All of MinkowskiEngine reaches it through here; the first time, it is filled."""
+        if not self._inserted:
+            self._inserted = True  # inserting comes through here as well
+            for stride in self.strides:
+                self._insert(stride)
+        return self._engine_manager
+
+    @_manager.setter
+    def _manager(self, manager: Any) -> None:
+        self._engine_manager = manager
+
+    def _insert(self, stride: int) -> None:
         coordinates = self.coordinates(stride).int().contiguous()
-        key, (kept_rows, _) = self.insert_and_map(coordinates, (stride, stride), "")
+        _, (kept_rows, _) = self.insert_and_map(coordinates, (stride, stride), "")
         expected = torch.arange(len(coordinates), device=kept_rows.device)
-        # Everything downstream reshapes by row number, so a reordering engine must not pass unnoticed.
+        # Everything downstream reshapes by row number, so a reordering engine must not pass unnoticed. Neither of the
+        # engine's maps reorders unique rows: on CUDA, row i writes entry i, and a stable removal drops duplicates.
         if not torch.equal(kept_rows.long(), expected):
             raise EngineError(f"MinkowskiEngine reordered the sites of stride {stride}: run `spark-me doctor`")
-        return key

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from spark_me.data.datasets import Batch
+from spark_me.devices import copy_to
 from spark_me.masking import draw_visible_of_samples
 from spark_me.spark import SparK
 
@@ -39,11 +40,10 @@ def measure_held_out(
         unreadable += batch.unreadable
         if not batch.indices:
             continue
-        valid = None if batch.valid is None else batch.valid.to(device)
         for number in range(MASKS):
             visible = draw_visible_of_samples(seed, number, batch.indices, model.grid, model.mask_ratio, batch.valid)
             with autocast:
-                loss = model(batch.images.to(device), visible.to(device), valid)
+                loss = model(copy_to(batch.images, device), visible, batch.valid)
             total += loss.item() * len(batch.indices)
         images += len(batch.indices)
     model.train()

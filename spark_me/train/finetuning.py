@@ -15,6 +15,7 @@ from spark_me.data.files import fingerprint
 from spark_me.data.labelled import held_out_labelled
 from spark_me.data.loaders import held_out_loader, labelled_train_loader
 from spark_me.data.unreadable import UnreadableFiles
+from spark_me.devices import copy_to
 from spark_me.errors import UserError
 from spark_me.sync_batch_norm import convert_sync_batchnorm
 from spark_me.train import distributed
@@ -75,7 +76,7 @@ class Finetuning:
         return Inputs(self.targets.mix(batch.images, batch.labels), targets=len(batch.labels))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        images, targets = tensors
+        images, targets = (copy_to(tensor, self.device) for tensor in tensors)
         return self.targets.loss(model(images), targets)
 
     def after_step(self) -> None:

@@ -72,10 +72,9 @@ class Stepper:
         (targets,) = distributed.total(sum(one.targets for one in inputs))
         losses = []
         for number, (tensors, count) in enumerate(inputs, 1):
-            on_device = [tensor.to(self.precision.device, non_blocking=True) for tensor in tensors]
             with self._exchange_held_back(last=number == len(inputs)):
                 with self.precision.autocast:
-                    loss = self.task.loss(self.model, *on_device)
+                    loss = self.task.loss(self.model, *tensors)
                 # A share of the whole batch's mean; DistributedDataParallel divides the sum by the processes.
                 share = loss * (count / targets * distributed.world_size())
                 self.precision.scaler.scale(share).backward()

@@ -1,11 +1,11 @@
 """Which device a run computes on, and in which numbers."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from spark_me.devices import float32_products
 from spark_me.errors import UserError
 from spark_me.train import distributed
 from spark_me.train.failures import first_line
@@ -31,19 +31,9 @@ class Precision:
         self.autocast = torch.autocast(device.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
-    @contextmanager
-    def products(self) -> Iterator[None]:
+    def products(self) -> AbstractContextManager:
         """Within, float32 products on a GPU take TF32 for tf32, and are float32's own for fp32."""
-        if self.device.type != "cuda":
-            yield
-            return
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = self.name == "tf32"
-        try:
-            yield
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
+        return float32_products(tf32=self.name == "tf32") if self.device.type == "cuda" else nullcontext()
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,6 +12,7 @@ from spark_me.data.datasets import Batch, collate
 from spark_me.data.files import Files, fingerprint
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
 from spark_me.data.unreadable import UnreadableFiles
+from spark_me.devices import copy_to
 from spark_me.errors import UserError
 from spark_me.masking import draw_visible_of_samples
 from spark_me.spark import SparK
@@ -73,7 +74,8 @@ class Pretraining:
         return Inputs((batch.images, visible, valid), targets=int((valid & ~visible).sum()))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        return model(*tensors)
+        images, *masks = tensors  # masks stay on the CPU, where the model wants them
+        return model(copy_to(images, self.device), *masks)
 
     def lr_scale(self, name: str) -> float:
         return 1.0

@@ -71,8 +71,7 @@ def draw_reconstruction(model: SparK, batch: Batch, config: Config, path: Path, 
     visible = draw_visible_of_samples(seed, 0, range(len(images)), model.grid, model.mask_ratio, valid)
     training = model.training
     model.eval()  # as for the held-out loss
-    on_device = None if valid is None else valid.to(device)
-    prediction = model.reconstruct(images.to(device), visible.to(device), on_device).prediction
+    prediction = model.reconstruct(images.to(device), visible, valid).prediction
     model.train(training)
     plot_reconstruction(
         to_displayable(images, config.data),

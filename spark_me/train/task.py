@@ -17,7 +17,7 @@ class Inputs(NamedTuple):
     """A micro-batch, ready for the loss."""
 
     tensors: tuple[Tensor, ...]
-    """On the CPU; what `Task.loss` takes."""
+    """On the CPU; what `Task.loss` takes, and brings to its device where it is needed there."""
     targets: int
     """How many targets its loss is the mean of, for example hidden patches or labelled images."""
 

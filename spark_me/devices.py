@@ -1,0 +1,30 @@
+"""What computing on a GPU takes: copies that nobody waits for, and which numbers products are computed in."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`: itself if it is there already, else a copy.
+
+    From the CPU to a GPU the copy goes through pinned memory: the host does not wait, and what is computed on the GPU
+    afterwards comes after it. The other way the host waits for all work on the GPU.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """Within, float32 products on a GPU take TF32, or are float32's own."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

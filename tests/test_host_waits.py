@@ -1,0 +1,146 @@
+"""Nothing in a step of the `fused` backend reads a value back from its device, so the host never waits for it.
+
+The device is torch's `meta`: its tensors have no values, so whatever needs one (`item`, `nonzero`, a comparison as a
+condition) raises. Copies to it are counted: one that is not pinned would make the host wait for a GPU.
+"""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from conftest import contract_masks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import spark_me
+from spark_me import sparse
+from spark_me.sparse.neighbours import Neighbours, Pairs, Window
+
+META = torch.device("meta")
+WINDOWS = [Window(1, 7, 2), Window(2, 3, 2), Window(4, 3, 1, 2), Window(8, 7, 1), Window(1, 4, 4)]
+
+
+class Copies(TorchDispatchMode):
+    """Records the shapes of what is copied from the CPU to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META and args[0].device != META:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+
+def test_all_tables_are_shaped_by_the_host(visible):
+    expected = Neighbours(visible, 8)
+    with Copies() as copies:
+        pyramid = sparse.Pyramid(visible, 8, "fused", META)
+        tables = pyramid.neighbours
+        shapes = [tables.of_sites(window).shape for window in WINDOWS]
+        shapes += [tables.counts(window).shape for window in WINDOWS]
+        shapes += [tables.of_tiles(stride, -1, 8 // stride + 2).shape for stride in pyramid.strides]
+        for stride in pyramid.strides:
+            assert tables.sites(stride) == len(pyramid.raster_index(stride)) == len(pyramid.coordinates(stride))
+            assert pyramid.image_index(stride).device == META
+    assert shapes == [
+        *(expected.of_sites(window).shape for window in WINDOWS),
+        *(expected.counts(window).shape for window in WINDOWS),
+        *(expected.of_tiles(stride, -1, 8 // stride + 2).shape for stride in pyramid.strides),
+    ]
+    mask = tuple(visible.shape)
+    patches = (int(visible.sum()), 3)
+    assert sorted(copies.shapes) == sorted([mask, mask, mask, patches])  # mask twice, patches, their numbers
+
+
+def test_the_guards_can_fail(visible):
+    with pytest.raises(NotImplementedError):  # the mask's sites would have to be counted there
+        sparse.Pyramid(visible.to(META), 8, "fused")
+    with Copies() as copies:
+        torch.zeros(4, 5).to(META)
+    assert copies.shapes == [(4, 5)]
+
+
+@pytest.mark.parametrize("with_nodata", [False, True])
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypatch):
+    monkeypatch.setattr(Neighbours, "pairs", _pairs)
+    monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast knows no such device
+    model = spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, drop_path=0.1).to(META)
+    images = torch.empty(len(visible), 3, 96, 128, device=META)
+    valid = torch.ones_like(visible) if with_nodata else None
+    with Copies() as copies:
+        loss = model(images, visible, valid)
+        loss.backward()
+    assert loss.shape == () and all(parameter.grad is not None for parameter in model.parameters())
+    # what the pyramid and its tables need, and which patches are reconstructed (and which have nodata)
+    assert len(copies.shapes) == 5 + with_nodata
+
+
+def _pairs(self: Neighbours, window: Window) -> list[Pairs]:
+    """One pair for each offset: on a GPU kernels read the tables themselves, and how many there are does not matter."""
+    return [Pairs(offset, *torch.zeros(2, 1, dtype=torch.long, device=META)) for offset in range(window.kernel_size**2)]
+
+
+def _pairs_to_raster(self: Neighbours, stride: int, kernel_size: int) -> list[Pairs]:
+    return _pairs(self, Window(stride, kernel_size, 1))
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
+def test_a_pyramid_ends_with_its_step(encoder, backend, monkeypatch):
+    """With the garbage collector off: no cycle of references keeps tables alive, so none pile up on a GPU."""
+    alive: list[weakref.ref] = []
+
+    class Watched(sparse.Pyramid):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            alive.extend([weakref.ref(self), weakref.ref(self.neighbours)])
+
+    monkeypatch.setattr("spark_me.spark.Pyramid", Watched)
+    model = spark_me.build_model(encoder, image_size=(64, 64), decoder_width=32, backend=backend)
+    images = torch.randn(2, 3, 64, 64)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            model(images).backward()
+        assert [one() for one in alive] == [None] * 4
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
+def test_no_host_wait_on_a_gpu(encoder):
+    model = spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, drop_path=0.1).cuda()
+    visible = contract_masks()
+    images = torch.randn(len(visible), 3, 96, 128, device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(images, visible)
+        loss.backward()
+
+    step()  # kernels are compiled and chosen, which does wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_memory_does_not_grow_from_step_to_step():
+    model = spark_me.build_model("resnet18", image_size=(96, 128), decoder_width=32).cuda()
+    images = torch.randn(4, 3, 96, 128, device="cuda")
+    held = []
+    for _ in range(5):
+        model(images).backward()
+        model.zero_grad()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1:] == held[1:2] * 4
