@@ -15,7 +15,7 @@ def synchronized_batch_norm(rows: Tensor, norm: nn.modules.batchnorm._BatchNorm)
     Updates the running statistics of `norm` (unbiased variance), as torch's batch normalisation does.
     """
     x = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
-    sums = distributed_functional.all_reduce(torch.cat([x.sum(dim=0), x.new_tensor([x.shape[0]])]))
+    sums = distributed_functional.all_reduce(torch.cat([x.sum(dim=0), x.new_full((1,), x.shape[0])]))
     total = sums[-1].detach()
     mean = sums[:-1] / total
     # Two passes: E[x²] − E[x]² would cancel where the mean is large.

@@ -57,9 +57,9 @@ def _compose(up_weight: Tensor, weight: Tensor) -> Tensor:
             for across in range(3)
         ]
     ).sum(dim=0)  # [Cin, Cout, 6, 6]
-    # Output 2j + phase takes input j + d through t = phase − 2d, for d = −1, 0, 1.
-    taps = [[phase + 4, phase + 2, phase] for phase in (0, 1)]
-    kernels = [full[:, :, taps[down]][:, :, :, taps[across]] for down in (0, 1) for across in (0, 1)]
+    # Output 2j + phase takes input j + d through t = phase − 2d, for d = −1, 0, 1. In slices: a list of indices would
+    # make the host wait for a GPU.
+    kernels = [full[:, :, down::2, across::2].flip(2, 3) for down in (0, 1) for across in (0, 1)]
     return torch.stack(kernels).transpose(1, 2).flatten(0, 1)
 
 

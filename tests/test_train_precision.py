@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_runs import newest, write_config, write_images
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_me import build_model, cli
 from spark_me.config import Config
@@ -100,6 +101,15 @@ def test_tf32_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="tf32 needs a CUDA GPU, not cpu"):
         Precision("tf32", CPU)
     assert pick_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_gpu_is_made_the_current_one_by_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int] = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
+    with FakeTensorMode():  # knows CUDA tensors without a GPU
+        assert pick_device(name) == torch.device("cuda", 0)
+    assert current == [0]
 
 
 # Inductor takes a minute to generate code; without it, the same graphs are traced.

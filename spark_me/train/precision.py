@@ -47,8 +47,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and distributed.world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        device = torch.empty(0, device=name).device  # "cuda" has no number, which set_device asks for
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"run.device={name}: not usable here ({first_line(error)}): use run.device=auto or cpu, "
