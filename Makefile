@@ -27,8 +27,8 @@ test: setup ## run the tests
 	@# A file a process; one thread each, as threads of several processes wait for each other.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-test-cuda: setup ## run the tests that need a GPU
-	@$(BIN)/python -m pytest -q -m gpu
+test-cuda: setup ## run the tests that need a GPU, and those whose kernels are interpreted without one
+	@$(BIN)/python -m pytest -q -m "gpu or any_device"
 
 check-cuda: setup ## compile and link the engine for GPUs; needs nvcc but no GPU
 	@# The key of the cache holds all that decides a build: what was built before is not compiled again.

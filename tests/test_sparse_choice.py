@@ -1,6 +1,7 @@
 """Which formulation runs: measured once for every shape, pinned, and the same results whichever it is."""
 
 import logging
+import math
 
 import pytest
 import torch
@@ -103,6 +104,25 @@ def test_a_formulation_without_room_is_not_chosen():
     assert list(choices.measured.values()) == [{"a": float("inf"), "b": 5.0}]
 
 
+def test_a_formulation_that_fails_is_not_chosen_and_a_line_says_so(caplog):
+    recorder = Recorder({"a": 1.0, "b": 5.0})
+
+    def fails(rows, kernel):
+        raise ValueError("no such instruction\nand much more")
+
+    formulations = {"broken 64": fails, **recorder.formulations}
+    choices = Choices(recorder.timer)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            choices.run("convolution", (), formulations, *inputs())
+    assert recorder.ran[2:] == ["a", "a"]
+    assert [record.message for record in caplog.records] == [
+        "broken 64 does not run on this GPU and is left out: ValueError: no such instruction"
+    ]
+    with pytest.raises(ValueError, match="no such instruction"):  # nothing else to take
+        Choices(recorder.timer).run("convolution", (), {"a": fails, "b": fails}, *inputs())
+
+
 @pytest.mark.parametrize(
     "pins, expected",
     [
@@ -198,7 +218,9 @@ def test_on_a_gpu_what_is_chosen_gives_the_cpus_results(monkeypatch):
         actual = run_layer(layer.cuda(), stride, masks().cuda(), channels=48, patch=32)
         for ours, theirs in zip(actual, expected):
             assert relative_error(ours.cpu(), theirs) < 1e-4, name
-    assert {operation.name for operation in sparse.measured_choices()} >= {"convolution", "depthwise convolution"}
+    measured = sparse.measured_choices()
+    assert {operation.name for operation in measured} >= {"convolution", "depthwise convolution"}
+    assert all(math.isfinite(each) for times in measured.values() for each in times.values())
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Triton's batch normalisation against float64 arithmetic written out, and against torch's own module.
 
-Without a GPU the kernels run in Triton's interpreter. Tests marked `gpu` repeat what a real device could break.
+Without a GPU the kernels run in Triton's interpreter. With one they run on it, and tests marked `gpu` repeat what
+a real device could break.
 """
 
 import itertools
@@ -14,6 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from spark_me.sparse import fused_batch_norm as fused
 from spark_me.sparse.fused_batch_norm import fused_batch_norm
+
+pytestmark = pytest.mark.any_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

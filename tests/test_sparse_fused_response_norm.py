@@ -1,6 +1,7 @@
 """Triton's GELU and global response norm against a gather loop over images in float64.
 
-Without a GPU the kernels run in Triton's interpreter. Tests marked `gpu` repeat what a real device could break.
+Without a GPU the kernels run in Triton's interpreter. With one they run on it, and tests marked `gpu` repeat what
+a real device could break.
 """
 
 import pytest
@@ -17,6 +18,8 @@ from spark_me.sparse import fused_response_norm as fused
 from spark_me.sparse import norms
 from spark_me.sparse.fused_response_norm import fused_gelu_response_norm
 from spark_me.sparse.images import first_rows
+
+pytestmark = pytest.mark.any_device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATCH = 8

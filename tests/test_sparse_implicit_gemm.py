@@ -124,10 +124,15 @@ def compile_all(dtype, pairs):
         for blocks in implicit_gemm.block_choices(dtype, *channels, rows.device).values():
             implicit_gemm.convolution(rows, kernel, table, lambda: back, blocks).sum().backward()
 
-neighbours, window = Neighbours(torch.ones(1, 3, 4, dtype=torch.bool), 8), Window(4, 3, 2)
-table, back = neighbours.inputs_of_outputs(window), neighbours.outputs_of_inputs(window)
+def tables_of(visible, stride):
+    neighbours, window = Neighbours(visible, 8), Window(stride, 3, 8 // stride)
+    return neighbours, neighbours.inputs_of_outputs(window), neighbours.outputs_of_inputs(window)
+
+neighbours, table, back = tables_of(torch.ones(1, 3, 4, dtype=torch.bool), 4)
 with compiled_kernels() as kernels:
     compile_all(torch.bfloat16, [(256, 512), (3, 24)])
+    neighbours, table, back = tables_of(torch.ones(1, 1, 1, dtype=torch.bool), 4)  # one site, to Triton a constant
+    compile_all(torch.bfloat16, [(16, 1)])
     compile_all(torch.float32, [(64, 96)])
     torch.backends.cuda.matmul.allow_tf32 = True
     compile_all(torch.float32, [(64, 128)])

@@ -5,6 +5,7 @@ from conftest import contract_masks
 from spark_me import sparse
 from spark_me.errors import EngineError
 from spark_me.sparse.minkowski import ME
+from spark_me.sparse.pyramid import require_engine_for
 
 
 def canonical_sites(visible, patch_size, stride):
@@ -129,6 +130,27 @@ def test_the_fused_backend_asks_the_engine_for_nothing(visible):
     assert pyramid.inserted == 0
     assert x.C.tolist() == canonical_sites(visible, 8, 4)
     assert pyramid.inserted == len(pyramid.strides)
+
+
+def test_the_fused_backend_runs_without_an_engine_for_its_device(visible):
+    """The installed one may be built for the CPU: it is made when something asks for it."""
+    pyramid = sparse.Pyramid(visible, 8, "fused")
+    sparse.Conv2d(2, 2, 3)(sparse.to_sparse(torch.randn(6, 2, 24, 32), pyramid))
+    assert pyramid._engine_manager is None
+
+
+@pytest.mark.parametrize("current, stream, built", [(0, "own", True), (0, "default", True), (1, "default", False)])
+def test_what_the_engine_cannot_compute_is_refused(current, stream, built, monkeypatch):
+    monkeypatch.setattr(ME, "is_cuda_available", lambda: built)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+    message = "current GPU and its default stream" if built else "built for the CPU"
+    with pytest.raises(EngineError, match=message):
+        require_engine_for(torch.device("cuda", 1))
+    if built:
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "default")
+        require_engine_for(torch.device("cuda", current))
 
 
 @pytest.mark.parametrize(

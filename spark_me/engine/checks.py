@@ -6,13 +6,13 @@ GPU, cases of few sites are compared with the engine on the CPU as well.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from spark_me import sparse
+from spark_me.devices import float32_products
 from spark_me.engine.check_cases import Case
 from spark_me.engine.check_layers import Layer, Masks, layers
 
@@ -91,7 +91,8 @@ def run_checks(device: str, variants: Sequence[Variant], cases: Sequence[Case]) 
 def _check_case(layer: Layer, case: Case, maps: Tensor, before: Mapping[Variant, Result]) -> dict[Variant, Result]:
     """The results of a layer so far, with one more case; up to the first variant that cannot run."""
     results = dict(before)
-    with _full_precision(), torch.random.fork_rng(devices=[]):
+    # float32 means float32 here: no TF32, which torch allows itself in convolutions.
+    with float32_products(tf32=False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         parameters = _draw_parameters(layer, case)
         reference, cotangent = _run_dense(layer, case, parameters, maps)
@@ -166,15 +167,3 @@ def _error(ours: Outcome, reference: Outcome) -> float:
         found = ours[name].detach().to(expected.device, torch.float64)
         errors.append((found - expected).abs().max() / expected.abs().max().clamp(min=1))
     return torch.stack([error.cpu() for error in errors]).max().item()
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """float32 means float32 here: no TF32, which torch allows itself in convolutions."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

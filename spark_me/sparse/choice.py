@@ -78,14 +78,14 @@ class Choices:
         operation = _operation(name, geometry, inputs)
         if operation not in self.measured:
             self.measured[operation] = {
-                formulation: self._milliseconds(compute, inputs, operation.gradients)
+                formulation: self._milliseconds(formulation, compute, inputs, operation.gradients)
                 for formulation, compute in formulations.items()
             }
         milliseconds = self.measured[operation]
         return min(milliseconds, key=milliseconds.__getitem__)
 
     def _milliseconds(
-        self, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradients: tuple[bool, ...]
+        self, name: str, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradients: tuple[bool, ...]
     ) -> float:
         # Detached: measuring must leave no gradient in the parameters and nothing in the graph.
         inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, gradients))
@@ -102,6 +102,10 @@ class Choices:
                 return self._timer(work)
         except torch.cuda.OutOfMemoryError:
             return float("inf")  # no choice for this batch; if none is, the one that runs says so
+        except Exception as error:  # compilers and libraries raise whatever they trip over
+            reason = str(error).strip().partition("\n")[0]
+            _log.warning("%s does not run on this GPU and is left out: %s: %s", name, type(error).__name__, reason)
+            return float("inf")
 
 
 def time_on_gpu(work: Callable[[], None]) -> float:

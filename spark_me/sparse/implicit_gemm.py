@@ -144,7 +144,9 @@ def _edge(channels: int, largest: int) -> int:
     return max(MIN_EDGE, min(largest, triton.next_power_of_2(channels)))
 
 
-@triton.jit
+# A kernel is compiled anew for an argument that is a multiple of 16 and one that is not; the number of rows, which
+# differs from batch to batch where images have nodata, gains nothing by it.
+@triton.jit(do_not_specialize=["n_rows"])
 def _multiply_kernel(
     rows: tl.tensor,
     kernel: tl.tensor,
@@ -194,7 +196,7 @@ def _multiply_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _correlate_kernel(
     rows: tl.tensor,
     gradient: tl.tensor,

@@ -21,7 +21,7 @@ class Pyramid(ME.CoordinateManager):
     stride when a strided layer asks for one: the order holds at every layer, and runs are deterministic.
 
     The number and places of the sites are known on the host, so no size is ever read back from a device. The `fused`
-    backend asks the engine for nothing; its maps are inserted when something does.
+    backend asks the engine for nothing; the engine's manager is made, and its maps are inserted, when something does.
 
     Attributes:
         visible: bool [B, fh, fw], on the device.
@@ -30,7 +30,7 @@ class Pyramid(ME.CoordinateManager):
         neighbours: index tables of the `fused` backend, built on first use.
     """
 
-    _inserted = False
+    _engine_manager: Any = None
 
     def __init__(
         self,
@@ -58,12 +58,7 @@ class Pyramid(ME.CoordinateManager):
             raise ValueError("every image needs at least one visible patch")
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-        super().__init__(
-            D=2,
-            # Left to itself, the engine sets the number of OpenMP threads of the whole process.
-            num_threads=torch.get_num_threads(),
-            coordinate_map_type=ME.CoordinateMapType.CUDA if device.type == "cuda" else ME.CoordinateMapType.CPU,
-        )
+        self.D = 2  # dimensions; `_fill` does what else the engine's own class begins with
         self.visible = copy_to(on_host, device)
         self.patch_size = patch_size
         self.backend = backend
@@ -99,18 +94,32 @@ class Pyramid(ME.CoordinateManager):
         """int64 [N], the image that each site belongs to."""
         return self.neighbours.positions(stride)[0]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(\n{self._manager})"
+
     @property
     def _manager(self) -> Any:
         """The engine's own manager. All of MinkowskiEngine reaches it through here; the first time, it is filled."""
-        if not self._inserted:
-            self._inserted = True  # inserting comes through here as well
-            for stride in self.strides:
-                self._insert(stride)
+        if self._engine_manager is None:
+            self._fill()
         return self._engine_manager
 
     @_manager.setter
     def _manager(self, manager: Any) -> None:
         self._engine_manager = manager
+
+    def _fill(self) -> None:
+        on_gpu = self.visible.is_cuda
+        if on_gpu:
+            require_engine_for(self.visible.device)
+        super().__init__(
+            D=2,
+            # Left to itself, the engine sets the number of OpenMP threads of the whole process.
+            num_threads=torch.get_num_threads(),
+            coordinate_map_type=ME.CoordinateMapType.CUDA if on_gpu else ME.CoordinateMapType.CPU,
+        )
+        for stride in self.strides:
+            self._insert(stride)
 
     def _insert(self, stride: int) -> None:
         coordinates = self.coordinates(stride).int().contiguous()
@@ -120,3 +129,21 @@ class Pyramid(ME.CoordinateManager):
         # engine's maps reorders unique rows: on CUDA, row i writes entry i, and a stable removal drops duplicates.
         if not torch.equal(kept_rows.long(), expected):
             raise EngineError(f"MinkowskiEngine reordered the sites of stride {stride}: run `spark-me doctor`")
+
+
+def require_engine_for(gpu: torch.device) -> None:
+    """Refuse what the engine would compute wrongly or not at all.
+
+    Raises:
+        EngineError: with the way out.
+    """
+    if not ME.is_cuda_available():
+        raise EngineError(
+            "the installed engine is built for the CPU: run `spark-me engine install --cuda`, or use the backend fused"
+        )
+    # Its kernels run on the current GPU; some on the default stream, some on the current one.
+    if torch.cuda.current_device() != gpu.index or torch.cuda.current_stream(gpu) != torch.cuda.default_stream(gpu):
+        raise EngineError(
+            f"MinkowskiEngine computes on the current GPU and its default stream alone: call torch.cuda.set_device("
+            f"{gpu.index}) and use no stream of your own, or use the backend fused"
+        )
