@@ -17,8 +17,8 @@ TRAIN = [
 ]
 # Building MinkowskiEngine: fetching its source, torch's extension builder, a wheel.
 ENGINE = ["pypi-simple>=1.5", "requests>=2.28", "ninja>=1.11", "setuptools>=61", "wheel>=0.40"]
-# scikit-image's wheel ships the photos of the demo.
-DEMO = ["scikit-image>=0.22"]
+# scikit-image's wheel ships the photos of the demo, scikit-learn's the digits of the other one.
+DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
 # Using a trained model; probing and exporting it.
 INFERENCE = ["torchvision>=0.19", "Pillow>=10", "tqdm>=4.64", "PyYAML>=6"]
 PROBE = INFERENCE + ["scikit-learn>=1.3"]

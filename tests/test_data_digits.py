@@ -1,5 +1,6 @@
 """`spark-me data digits`: scikit-learn's images, whole, in folders of their digits."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,15 @@ def test_a_file_in_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "digits").write_text("")
     assert cli.main(["data", "digits", str(tmp_path / "digits")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_demo_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """The commands of `make demo-finetune`, as it types them, but shorter."""
+    configs = Path(__file__).parents[1] / "configs" / "demo"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "digits", "runs/demo_finetune/digits"]) == 0
+    assert cli.main(["pretrain", str(configs / "digits_pretrain.yaml"), "train.steps=2", "train.batch_size=4"]) == 0
+    short = ["train.steps=2", "train.batch_size=4", "--fractions", "0.01", "--seeds", "1"]
+    assert cli.main(["compare", str(configs / "digits_finetune.yaml"), *short]) == 0
+    trials = json.loads(Path("runs/demo_finetune/compare/comparison.json").read_text())["trials"]
+    assert [(trial["start"], trial["images"]) for trial in trials] == [("pretrained", 10), ("scratch", 10)]

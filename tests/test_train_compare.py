@@ -131,5 +131,5 @@ def test_rows_say_whether_the_seeds_lie_apart() -> None:
     assert [row.verdict for row in (better, overlap, worse)] == ["better", "overlap", "worse"]
     lines = format_table([better, overlap, worse]).splitlines()
     # The standard deviation of 2, -2, 0 is 2; of the differences 12, 5, 10 it is 3.6.
-    assert " ".join(lines[1].split()) == "0.01 14 74.0 ± 2.0 % 65.0 ± 5.6 % +9.0 ± 3.6 apart"
-    assert " ".join(lines[3].split()) == "1 1400 90.0 % 95.0 % -5.0 apart, scratch is better"
+    assert " ".join(lines[1].split()) == "1 % 14 74.0 ± 2.0 % 65.0 ± 5.6 % +9.0 ± 3.6 apart"
+    assert " ".join(lines[3].split()) == "100 % 1400 90.0 % 95.0 % -5.0 apart, scratch is better"

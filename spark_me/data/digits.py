@@ -27,7 +27,7 @@ def write_digits(folder: Path) -> None:
         UserError: if scikit-learn is missing, or the folder cannot be written to.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("the digits come with scikit-learn: install spark_me's group [probe]")
+        raise UserError("the digits come with scikit-learn: install spark_me's group [demo]")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

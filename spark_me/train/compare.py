@@ -51,7 +51,8 @@ def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> N
                 comparison.add(trial)
         if distributed.is_main():
             shutil.rmtree(RunDirectory(_folder(config, start, fraction, seed)).checkpoints, ignore_errors=True)
-            print(f"{fraction:.4g} of the labels ({trial.images} images), seed {seed}, {start}: top-1 {trial.top1:.2%}")
+            labels = f"{100 * fraction:.4g} % of the labels ({trial.images} images)"
+            print(f"{labels}, seed {seed}, {start}: top-1 {trial.top1:.2%}", flush=True)
     if distributed.is_main():
         _report(comparison, fractions, range(config.run.seed, config.run.seed + seeds))
 

@@ -38,7 +38,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for share, values in zip(shares, accuracies):
             axes.plot([share] * len(values), values, ".", color=COLOURS[start], alpha=0.5)
     axes.set_xscale("log")
-    axes.set_xticks([row.fraction for row in rows], [f"{row.fraction:.4g}\n{row.images} images" for row in rows])
+    axes.set_xticks([row.fraction for row in rows], [f"{_percent(row)}\n{row.images} images" for row in rows])
     axes.minorticks_off()
     axes.set(xlabel="share of the labels", ylabel="top-1 on the validation images", title="Fine-tuning")
     axes.grid(alpha=0.3)
@@ -49,7 +49,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def _cells(row: Row) -> tuple[str, ...]:
     accuracies = [_spread(_of(row, start), "%") for start in (PRETRAINED, FROM_SCRATCH)]
-    return f"{row.fraction:.4g}", str(row.images), *accuracies, _spread(row.gains, "", "+"), VERDICTS[row.verdict]
+    return _percent(row), str(row.images), *accuracies, _spread(row.gains, "", "+"), VERDICTS[row.verdict]
+
+
+def _percent(row: Row) -> str:
+    return f"{100 * row.fraction:.4g} %"
 
 
 def _of(row: Row, start: str) -> list[float]:
