@@ -17,7 +17,7 @@ from spark_me.benchmark.results import Report, compare
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
 from spark_me.cli import main
 from spark_me.devices import float32_products
-from spark_me.errors import UserError
+from spark_me.errors import EngineError, UserError
 from spark_me.machine import describe_machine
 from spark_me.masked_dense import MaskedDenseSparK
 
@@ -95,6 +95,10 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
         str(COMPILED): "does not compile (RuntimeError: Failed to find C compiler.)",
     }
     assert len(announced) == 4
+    monkeypatch.setattr(Failing, "errors", {EAGER[0]: EngineError("the installed engine is built for the CPU")})
+    trials = trial.try_all(TINY, "encoder", [FUSED, EAGER[0]], announced.append)
+    assert list(trials.workloads) == [FUSED]
+    assert trials.left_out == {str(EAGER[0]): "the installed engine is built for the CPU"}
     monkeypatch.setattr(Failing, "errors", {FUSED: RuntimeError("a mistake")})
     with pytest.raises(RuntimeError, match="a mistake"):
         trial.try_all(TINY, "encoder", [FUSED], announced.append)

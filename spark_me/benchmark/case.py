@@ -12,7 +12,6 @@ from spark_me import masking
 from spark_me.decoder import Decoder
 from spark_me.devices import float32_products
 from spark_me.encoders import patch_size_of
-from spark_me.engine.record import installed_record
 from spark_me.errors import UserError
 
 SCOPES = ("encoder", "step")
@@ -130,11 +129,6 @@ def _check_device(device: str) -> None:
         raise UserError(f"unknown device {device!r}: choose auto, cpu or cuda")
     if not torch.cuda.is_available():
         raise UserError("torch sees no CUDA device here: use --device cpu")
-    record = installed_record()
-    if record is not None and record.device == "cpu":
-        raise UserError(
-            "the installed engine is built for the CPU: run `spark-me engine install --cuda`, or use --device cpu"
-        )
 
 
 def _check_dtype(dtype: str, device: str) -> None:

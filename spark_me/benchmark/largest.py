@@ -11,7 +11,7 @@ from spark_me.benchmark.timing import Advance
 from spark_me.benchmark.trial import first_line, is_out_of_memory, release_memory
 from spark_me.benchmark.twins import check_twin
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
-from spark_me.errors import UserError
+from spark_me.errors import EngineError, UserError
 from spark_me.machine import Machine, describe_machine
 
 STEP = 8
@@ -95,7 +95,7 @@ def _largest_of(case: Case, scope: str, variant: Variant, advance: Advance) -> L
         advance(f"{variant}, batch {batch}")
         try:
             workload.run(workload.inputs(dataclasses.replace(case, batch=batch)))
-        except RuntimeError as error:
+        except (RuntimeError, EngineError) as error:
             limits.append("memory" if is_out_of_memory(error) else first_line(error))
             return False
         finally:

@@ -10,6 +10,7 @@ from spark_me.benchmark.case import Case
 from spark_me.benchmark.memory import peak_on_gpu
 from spark_me.benchmark.timing import Advance
 from spark_me.benchmark.workloads import Variant, Workload
+from spark_me.errors import EngineError
 
 
 class Trials(NamedTuple):
@@ -34,6 +35,8 @@ def try_all(case: Case, scope: str, variants: Sequence[Variant], advance: Advanc
             trials.peaks[variant] = peak_on_gpu(workload)
             workload.clear()
             trials.workloads[variant] = workload
+        except EngineError as error:  # it is built for the CPU: our own backend does without it
+            trials.left_out[str(variant)] = str(error)
         except Exception as error:  # a compiler raises whatever it trips over
             if not (is_out_of_memory(error) or variant.compiled):
                 raise
