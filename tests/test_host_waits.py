@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import contract_masks
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spark_me
@@ -33,6 +34,16 @@ class Copies(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and kwargs.get("device") == META and args[0].device != META:
             self.shapes.append(tuple(args[0].shape))
         return func(*args, **kwargs)
+
+
+class NoLists(TorchFunctionMode):
+    """Refuses lists as indices: they become tensors on the CPU, copied unpinned and out of sight of `Copies`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), f"indexed by {index}"
+        return func(*args, **kwargs or {})
 
 
 def test_all_tables_are_shaped_by_the_host(visible):
@@ -62,6 +73,8 @@ def test_the_guards_can_fail(visible):
     with Copies() as copies:
         torch.zeros(4, 5).to(META)
     assert copies.shapes == [(4, 5)]
+    with pytest.raises(AssertionError, match="indexed by"), NoLists():
+        torch.zeros(4, 5)[:, [2, 0]]
 
 
 @pytest.mark.parametrize("with_nodata", [False, True])
@@ -73,7 +86,7 @@ def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypat
     model = spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, drop_path=0.1).to(META)
     images = torch.empty(len(visible), 3, 96, 128, device=META)
     valid = torch.ones_like(visible) if with_nodata else None
-    with Copies() as copies:
+    with Copies() as copies, NoLists():
         loss = model(images, visible, valid)
         loss.backward()
     assert loss.shape == () and all(parameter.grad is not None for parameter in model.parameters())
