@@ -39,7 +39,7 @@ def test_memory_grows_with_the_batch(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small, large = (
         activation_bytes(dataclasses.replace(TINY, batch=batch, image_size=(128, 128)), "encoder", FUSED)
-        for batch in (2, 16)
+        for batch in (8, 64)  # enough to drown some MiB that other work in memory makes them differ by
     )
     if small is None or large is None:
         pytest.skip("this platform does not tell a process's peak memory")
