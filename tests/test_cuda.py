@@ -190,7 +190,7 @@ def test_reconstruction_and_nodata():
 
 
 @pytest.mark.parametrize(
-    ("precision", "backend"), itertools.product(["fp32", "tf32", "bf16", "fp16"], ["fused", "minkowski"])
+    ("precision", "backend"), list(itertools.product(["fp32", "tf32", "bf16", "fp16"], ["fused", "minkowski"]))
 )
 def test_a_run(precision: str, backend: str, tmp_path: Path) -> None:
     config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), epochs=1, batch_size=2, height=64)
