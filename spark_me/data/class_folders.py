@@ -49,7 +49,7 @@ def find_labelled(data: FinetuneDataConfig, seed: int) -> LabelledFiles:
             f"data.root={data.root}: {len(classes)} classes to train on and {len(val_classes)} to validate on differ "
             f"(in one of them alone: {shown}): give both the same class folders"
         )
-    return LabelledFiles(_balanced_part(train, data.fraction, seed), val, classes)
+    return LabelledFiles(balanced_part(train, data.fraction, seed), val, classes)
 
 
 def find_val(data: FinetuneDataConfig) -> tuple[Labelled, list[str]]:
@@ -80,7 +80,7 @@ def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
     return Labelled([Path(path) for path, _ in found.samples], list(found.targets)), list(found.classes)
 
 
-def _balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
+def balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
     """The same share of every class, at least one image of each, in their order."""
     if fraction == 1:
         return images

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spark_me.config import FinetuneConfig
 from spark_me.config_finetune import SCRATCH
-from spark_me.data.class_folders import find_labelled
+from spark_me.data.class_folders import balanced_part, find_labelled
 from spark_me.errors import UserError
 from spark_me.files import writing
 from spark_me.train import distributed
@@ -39,14 +39,16 @@ def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> N
     weights = locate(config.weights, "weights=")
     with distributed.agreed():
         comparison = Comparison(Path(config.run.dir), config, weights)
+        all_images = find_labelled(config.data, config.run.seed).train
     for fraction, seed, start in _trials(config, fractions, seeds):
         trial = comparison.find(start, fraction, seed)
         if trial is None:
-            trial = _run(_config_of(config, start, fraction, seed), start)
-            if trial is None:
+            top1 = _run(_config_of(config, start, fraction, seed))
+            if top1 is None:
                 if distributed.is_main():
                     print("stopped as asked: repeat the command to go on")
                 return
+            trial = Trial(start, fraction, seed, len(balanced_part(all_images, fraction, seed).paths), top1)
             if distributed.is_main():
                 comparison.add(trial)
         if distributed.is_main():
@@ -92,17 +94,16 @@ def _folder(config: FinetuneConfig, start: str, fraction: float, seed: int) -> P
     return Path(config.run.dir) / f"{start}_{fraction:g}_seed{seed}"
 
 
-def _run(config: FinetuneConfig, start: str) -> Trial | None:
-    """One run to its end, what it says in its own output.txt; None if it was asked to stop."""
+def _run(config: FinetuneConfig) -> float | None:
+    """Top-1 of one run, what it says in its own output.txt; None if it was asked to stop."""
     run = RunDirectory(config.run.dir)
     with _quiet(run.path):
         complete = finetune(config)
     if not complete:
         return None
-    images = len(find_labelled(config.data, config.run.seed).train.paths)
     measure = "held_out_top1" if config.train.ema is None else "held_out_ema_top1"
     top1 = [entry[measure] for entry in read_metrics(run.metrics) if measure in entry]
-    return Trial(start, config.data.fraction, config.run.seed, images, top1[-1] if top1 else 0.0)
+    return top1[-1] if top1 else 0.0  # the folder need not be on every machine; the main process's counts
 
 
 @contextlib.contextmanager
