@@ -108,19 +108,16 @@ class _Raster:
     def __init__(self, pyramid: Pyramid, stride: int, kernel_size: int) -> None:
         self.kernel_size = kernel_size
         self.padding = kernel_size // 2
-        self._places = pyramid.raster_index(stride)
-        self._extent = pyramid.extent(stride)
+        self._pyramid, self._stride = pyramid, stride
 
     def inputs(self, rows: Tensor) -> Tensor:
-        images, height, width = self._extent
-        raster = rows.new_zeros(images * height * width, rows.shape[1]).index_copy_(0, self._places, rows)
-        return raster.view(images, height, width, -1).permute(0, 3, 1, 2)
+        return self._pyramid.raster(rows, self._stride)
 
     def outputs(self, rows: Tensor) -> Tensor:
         return self.inputs(rows)
 
     def rows(self, outputs: Tensor) -> Tensor:
-        return rows_of(outputs).index_select(0, self._places)
+        return rows_of(outputs).index_select(0, self._pyramid.raster_index(self._stride))
 
 
 def _convolution(rows: Tensor, kernel: Tensor, bias: Tensor, pyramid: Pyramid, stride: int, size: int) -> Tensor:

@@ -103,10 +103,7 @@ def _formulations(kernel: Tensor, window: Window, neighbours: Neighbours) -> cho
 
 def _formulations_to_raster(kernel: Tensor, stride: int, size: int, pyramid: Pyramid) -> choice.Formulations:
     def dense(rows: Tensor, kernel: Tensor) -> Tensor:
-        images, height, width = pyramid.extent(stride)
-        raster = rows.new_zeros(images * height * width, rows.shape[1])
-        raster = raster.index_copy(0, pyramid.raster_index(stride), rows)
-        maps = raster.view(images, height, width, -1).permute(0, 3, 1, 2)
+        maps = pyramid.raster(rows, stride)
         return rows_of(functional.conv2d(maps, kernel_to_weight(kernel, size), padding=size // 2))
 
     def pairs(rows: Tensor, kernel: Tensor) -> Tensor:

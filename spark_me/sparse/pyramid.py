@@ -90,6 +90,13 @@ class Pyramid(ME.CoordinateManager):
             self._raster_indices[stride] = (image * height + y) * width + x
         return self._raster_indices[stride]
 
+    def raster(self, rows: Tensor, stride: int) -> Tensor:
+        """Lay features [N, C] at `stride` into dense maps [B, C, H/s, W/s], channels last, zero at empty sites."""
+        images, height, width = self.extent(stride)
+        places = rows.new_zeros(images * height * width, rows.shape[1])
+        places = places.index_copy_(0, self.raster_index(stride), rows)
+        return places.view(images, height, width, -1).permute(0, 3, 1, 2)
+
     def image_index(self, stride: int) -> Tensor:
         """int64 [N], the image that each site belongs to."""
         return self.neighbours.positions(stride)[0]
