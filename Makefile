@@ -1,6 +1,8 @@
 # Every target that needs the environment sets it up first; what is in place is left alone.
 PYTHON ?= python3
 ENGINE ?=
+# For the demo, for example ARGS="train.epochs=1".
+ARGS ?=
 BENCH_OUT ?= runs/bench_cuda
 VENV ?= .venv
 DEBIAN_ROOT ?= /var/tmp/spark_me-debian
@@ -16,7 +18,7 @@ setup: ## make .venv with torch, the engine and this package
 	@PYTHON="$(PYTHON)" ENGINE="$(ENGINE)" docker/install.sh "$(VENV)"
 
 demo: setup ## pretrain a small SparK on real photos; pictures in runs/demo
-	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml
+	@$(BIN)/spark-me pretrain configs/demo/pretrain.yaml $(ARGS)
 
 demo-finetune: setup ## pretrain on digits, fine-tune on few labels, compare with scratch; runs/demo_finetune
 	@$(BIN)/spark-me data digits runs/demo_finetune/digits

