@@ -43,6 +43,9 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["spark_me", "spark_me.*"]),
+    # Said for editable installations, which then put this folder on the path. Otherwise they install a finder that
+    # comes after the path, and in the folder above a clone Python takes the clone for an empty package spark_me.
+    package_dir={"": "."},
     package_data={"spark_me.engine": ["resources/setup.py"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={

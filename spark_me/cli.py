@@ -5,31 +5,42 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import spark_me
 from spark_me.cli_bench import add_bench
 from spark_me.cli_data import add_data
 from spark_me.cli_finetune import add_finetune
+from spark_me.cli_grammar import Parser, PrintVersions, add_configuration, configuration, parse
 from spark_me.cli_inference import add_inference
 from spark_me.cli_schedule import add_schedule
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0 done, 2 bad input, 1 a failed check or build, 130 Ctrl-C."""
-    args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        args = parse(_parser(), sys.argv[1:] if argv is None else argv)
+        try:
+            return args.run(args) or 0
+        except ModuleNotFoundError as error:
+            package = str(error.name).partition(".")[0]
+            if package == spark_me.__name__:
+                raise
+            raise UserError(f"{args.command} needs the package {package}: {install_text(args.group)}") from None
+        except PermissionError as error:
+            raise UserError(
+                f"{error.filename or error}: permission denied: choose another place, or change its mode"
+            ) from None
     except UserError as error:
         print(f"spark-me: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("spark-me: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interruption:
+        print(": ".join(["spark-me: interrupted", *map(str, interruption.args)]), file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="spark-me", description="Masked pretraining of convnets on sparse convolution."
-    )
+    parser = Parser(prog="spark-me", description="Masked pretraining of convnets on sparse convolution.")
+    parser.add_argument("--version", action=PrintVersions, help="print versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_pretrain(commands)
     add_finetune(commands)
@@ -46,19 +57,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_pretrain(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("pretrain", help="pretrain an encoder on images without labels")
-    parser.add_argument("config", type=Path, help="YAML file, for example configs/demo/pretrain.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.epochs=100")
-    parser.set_defaults(run=_pretrain)
+    add_configuration(parser, "pretrain", "for example configs/pretrain/small.yaml data.root=/path/to/images")
+    parser.set_defaults(run=_pretrain, group="train")
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from spark_me.config import load_config
-    from spark_me.train import distributed
-    from spark_me.train.pretrain import pretrain
+    from spark_me.config import Config
 
-    with distributed.process_group():
-        with distributed.agreed():
-            config = load_config(args.config, args.overrides)
+    with configuration(args, Config) as config:
+        from spark_me.train.pretrain import pretrain
+
         pretrain(config)
 
 
@@ -68,7 +76,7 @@ def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="picture to write")
     parser.add_argument("--seed", type=int, default=0, help="which masks are drawn")
-    parser.set_defaults(run=_reconstruct)
+    parser.set_defaults(run=_reconstruct, group="train")
 
 
 def _reconstruct(args: argparse.Namespace) -> None:
@@ -85,7 +93,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "--to", required=True, metavar="LAYOUT", help="torchvision, timm, official, mmpretrain, detectron2 or spark_me"
     )
     parser.add_argument("--encoder", metavar="NAME", help="refuse a source that holds another encoder")
-    parser.set_defaults(run=_convert)
+    parser.set_defaults(run=_convert, group="train")
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -109,9 +117,9 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     install.add_argument(
         "--build-only", action="store_true", help="build into the cache and try to load it; install nothing"
     )
-    install.set_defaults(run=_engine_install)
+    install.set_defaults(run=_engine_install, group="engine")
     info = actions.add_parser("info", help="what is installed, what is cached, what a build would use")
-    info.set_defaults(run=_engine_info)
+    info.set_defaults(run=_engine_info, group="engine")
 
 
 def _engine_install(args: argparse.Namespace) -> None:
@@ -128,7 +136,7 @@ def _engine_info(args: argparse.Namespace) -> None:
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("doctor", help="prove the installed engine against dense torch")
-    parser.set_defaults(run=_doctor)
+    parser.set_defaults(run=_doctor, group="engine")
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from spark_me.cli_grammar import image_size
 from spark_me.errors import UserError
 
 
@@ -33,14 +34,12 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     other.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print files of --json as Markdown")
     add("--values", type=float, nargs="+", help="the sweep's values")
     add("--plot", type=Path, metavar="FILE.png", help="draw the sweep")
-    parser.set_defaults(run=_bench)
+    parser.set_defaults(run=_bench, group="train")
 
 
 def _bench(args: argparse.Namespace) -> None:
     if args.sweep is None and (args.plot is not None or args.values is not None):
         raise UserError("--plot and --values belong to a sweep: add --sweep mask_ratio, batch or image_size")
-    if len(args.image_size) > 2:
-        raise UserError("--image-size takes the side of a square, or H and W")
     if args.largest_batch and args.scope == "both":
         raise UserError("--largest-batch searches in one scope: use --scope encoder or step")
     if args.table is not None:
@@ -54,7 +53,7 @@ def _bench(args: argparse.Namespace) -> None:
     case = Case(
         args.encoder,
         args.batch,
-        (args.image_size[0], args.image_size[-1]),
+        image_size(args.image_size),
         args.mask_ratio,
         args.decoder_width,
         pick_device(args.device),

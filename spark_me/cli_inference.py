@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from spark_me.cli_grammar import image_size
+
 
 def add_inference(commands: argparse._SubParsersAction) -> None:
     """Add what uses a trained model to the subcommands of `spark-me`."""
@@ -21,7 +23,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there, as one list")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the first 64 images with their classes")
     _add_computing(parser)
-    parser.set_defaults(run=_predict)
+    parser.set_defaults(run=_predict, group="inference")
 
 
 def _predict(args: argparse.Namespace) -> int:
@@ -45,7 +47,7 @@ def _add_features(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
     _add_stage(parser)
     _add_computing(parser)
-    parser.set_defaults(run=_features)
+    parser.set_defaults(run=_features, group="inference")
 
 
 def _features(args: argparse.Namespace) -> int:
@@ -65,7 +67,7 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     _add_stage(parser)
     _add_computing(parser)
-    parser.set_defaults(run=_probe)
+    parser.set_defaults(run=_probe, group="probe")
 
 
 def _probe(args: argparse.Namespace) -> int:
@@ -95,14 +97,20 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         metavar="FORMAT",
         help="onnx (.onnx), torchscript (.pt), torch-export (.pt2); state dicts: torchvision, timm",
     )
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="default: the test images'")
-    parser.set_defaults(run=_export)
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of a square, or H W; default: the test images'",
+    )
+    parser.set_defaults(run=_export, group="export")
 
 
 def _export(args: argparse.Namespace) -> None:
     from spark_me.inference.export import export
 
-    size = None if args.image_size is None else (args.image_size[0], args.image_size[1])
+    size = None if args.image_size is None else image_size(args.image_size)
     export(args.weights, args.out, args.to, image_size=size, raw=args.raw)
 
 

@@ -3,23 +3,19 @@
 import argparse
 from pathlib import Path
 
-from spark_me.errors import UserError
+from spark_me.cli_grammar import add_configuration
 
 
 def add_schedule(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand to those of `spark-me`."""
     parser = commands.add_parser("schedule", help="learning rate and weight decay of a configuration before it is run")
-    parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml", help="and key=value, which holds for all of them")
+    add_configuration(parser, "pretrain", "key=value holds for all of them", several=True)
     parser.add_argument("--images", type=int, metavar="N", help="number of training images, instead of counting them")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves")
-    parser.set_defaults(run=_schedule)
+    parser.set_defaults(run=_schedule, group="train")
 
 
 def _schedule(args: argparse.Namespace) -> None:
     from spark_me.train.schedule_report import report_schedules
 
-    overrides = [argument for argument in args.configs if "=" in argument]
-    configs = [Path(argument) for argument in args.configs if "=" not in argument]
-    if not configs:
-        raise UserError("no configuration: name one, for example configs/demo/pretrain.yaml")
-    report_schedules(configs, overrides, args.images, args.plot)
+    report_schedules(args.configs, args.overrides, args.images, args.plot)

@@ -16,9 +16,25 @@ from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.errors import UserError
 
-__all__ = ["AnyConfig", "Config", "FinetuneConfig", "differing_keys", "load_config", "parse_config", "to_yaml"]
+__all__ = [
+    "AnyConfig",
+    "Config",
+    "FinetuneConfig",
+    "differing_keys",
+    "keys_of",
+    "load_config",
+    "nearest_key",
+    "parse_config",
+    "to_yaml",
+]
 
 COMMAND_LINE = "on the command line"
+SCHEMAS: Mapping[str, type[AnyConfig]] = {"pretrain": Config, "finetune": FinetuneConfig}
+"""By task, which is also the command and the folder of its files in configs/."""
+ALTERNATIVES = (("train.epochs", "train.steps"), ("optim.warmup_epochs", "optim.warmup_share"))
+"""Two ways to say one thing: a layer that gives one takes the other away from the layers below."""
+SIZES = ("model.image_size",)
+"""Keys of [height, width], where a number is the side of a square."""
 
 C = TypeVar("C", Config, FinetuneConfig)
 
@@ -78,6 +94,7 @@ def _resolve(layers: list[tuple[str, DictConfig]], schema: type[C], unchecked: C
     origins: dict[str, str] = {}
     for origin, layer in layers:
         _check_keys(layer, origin, schema)
+        _spell_out(layer)
         origins |= dict.fromkeys(_leaves(layer), origin)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -153,18 +170,50 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"{' '.join(overrides)}: value on the command line is no valid YAML: {problem}") from None
 
 
+def keys_of(schema: type[AnyConfig]) -> list[str]:
+    """All keys of a task's configuration, dotted, in their order."""
+    return list(_flatten(schema()))
+
+
 def _check_keys(layer: DictConfig, origin: str, schema: type[AnyConfig]) -> None:
-    valid = list(_flatten(schema()))
+    valid = keys_of(schema)
     sections = {key.partition(".")[0] for key in valid}
     for key in _leaves(layer):
         if key in valid:
             continue
         if key in sections:
             raise UserError(f"{key} {origin} is a section: give its keys, for example {_any_key_of(key, valid)}")
-        raise UserError(f"unknown key {key} {origin}: did you mean {_nearest(key, valid)}?")
+        for task, other in SCHEMAS.items():
+            if key in keys_of(other):
+                raise UserError(_describe_other_task(key, origin, task))
+        raise UserError(f"unknown key {key} {origin}: did you mean {nearest_key(key, valid)}?")
 
 
-def _nearest(key: str, valid: list[str]) -> str:
+def _describe_other_task(key: str, origin: str, task: str) -> str:
+    own = next(name for name in SCHEMAS if name != task)
+    if origin == COMMAND_LINE:
+        return f"{key} {origin} is a key of `spark-me {task}` alone: `spark-me config` lists those of {own}"
+    return (
+        f"{origin.removeprefix('in ')}: is a configuration of `spark-me {task}` ({key}): give it to that, or take a "
+        f"file of configs/{own}"
+    )
+
+
+def _spell_out(layer: DictConfig) -> None:
+    """Write in full what a layer says for short."""
+    given = set(_leaves(layer))
+    for key in SIZES:
+        side = OmegaConf.select(layer, key, throw_on_missing=False) if key in given else None
+        if type(side) is int:  # no bool
+            OmegaConf.update(layer, key, [side, side])
+    for pair in ALTERNATIVES:
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given and OmegaConf.select(layer, one) is not None:
+                OmegaConf.update(layer, other, None)
+
+
+def nearest_key(key: str, valid: list[str]) -> str:
+    """The one of the valid keys that a mistyped or misplaced one most likely means."""
     by_path = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if by_path:
         return by_path[0]

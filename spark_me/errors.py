@@ -11,3 +11,8 @@ class EngineError(UserError):
     """MinkowskiEngine is missing, does not build, or computes wrongly."""
 
     exit_code = 1
+
+
+def install_text(group: str) -> str:
+    """What to do about a missing package of an optional group of setup.py. spark_me is on no package index."""
+    return f'run `pip install -e ".[{group}]"` in the folder of spark_me\'s setup.py'

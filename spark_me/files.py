@@ -46,14 +46,41 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({cause.strerror}): free space, or choose another place") from None
 
 
-def require_folder(path: Path) -> None:
-    """Refuse a file that has no folder to be written to, before any work is done.
+def check_output(path: Path | None, *inputs: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, or that would replace what is read, before any work is done.
+
+    Args:
+        path: file to write; None for none.
+        inputs: files that are read; what is no path of a file, such as a URL, is left out.
 
     Raises:
-        UserError: if the folder is not there.
+        UserError: if it is a folder, its folder is missing or not writable, or it is one of the inputs.
     """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name a file in it")
     if not path.parent.is_dir():
         raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: the folder {path.parent} is not writable: choose another place")
+    if path.exists():
+        for source in inputs:
+            if os.path.exists(source) and os.path.samefile(path, source):
+                raise UserError(f"{path}: would replace {source}, which is read: name another file to write")
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before any work is done.
+
+    Raises:
+        UserError: if it or one above it is a file, or not writable.
+    """
+    nearest = next(place for place in (path, *path.parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path}: {nearest} is a file, not a folder: choose another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: the folder {nearest} is not writable: choose another place")
 
 
 def write_text(path: Path, text: str) -> None:

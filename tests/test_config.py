@@ -97,7 +97,6 @@ def test_unknown_override_says_so(write: Write) -> None:
         ("train.epochs=many", "train.epochs"),
         ("train.epochs=1.5", "train.epochs"),
         ("train.epochs=", "train.epochs"),
-        ("model.image_size=64", "model.image_size"),
         ("model.image_size=[a,b]", "model.image_size"),
         ("data.root={a: b}", "data.root"),
     ],
@@ -141,11 +140,9 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "optim.weight_decay=-1",
         "optim.warmup_epochs=5000",
         "optim.warmup_epochs=null",
-        "optim.warmup_share=0.1",
         "optim.clip_norm=0",
         "train.epochs=-3",
         "train.epochs=null",
-        "train.steps=10",
         "train.batch_size=0",
         "train.precision=fp8",
         "train.accumulate=0",
@@ -195,10 +192,9 @@ def test_data_keys_that_exclude_each_other(write: Write, overrides: list[str], k
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.steps=10"], "train.steps=10 (on the command line): must be null, or add train.epochs=null"),
         (["train.steps=0", "train.epochs=null", "optim.warmup_epochs=null", "optim.warmup_share=0"], "train.steps=0"),
         (
-            ["train.steps=10", "train.epochs=null"],
+            ["train.steps=10"],
             "optim.warmup_epochs=40.0 (by default): must be null with train.steps",
         ),
         (["optim.warmup_share=1.5", "optim.warmup_epochs=null"], "optim.warmup_share=1.5"),
@@ -206,6 +202,38 @@ def test_data_keys_that_exclude_each_other(write: Write, overrides: list[str], k
 )
 def test_length_and_warm_up_are_in_epochs_or_not(write: Write, overrides: list[str], message: str) -> None:
     assert message_of(write("c.yaml", "data: {root: a}"), *overrides).startswith(message)
+
+
+def test_the_later_of_two_ways_to_give_a_length_counts(write: Write) -> None:
+    small = CONFIGS / "pretrain" / "small.yaml"
+    train = load_config(small, ["data.root=a", "train.epochs=2"]).train
+    assert (train.epochs, train.steps) == (2, None)
+    config = load_config(write("c.yaml", "data: {root: a}"), ["train.steps=10", "optim.warmup_share=0.1"])
+    assert (config.train.epochs, config.train.steps) == (None, 10)
+    assert (config.optim.warmup_epochs, config.optim.warmup_share) == (None, 0.1)
+    # One file that gives both contradicts itself.
+    both = write("both.yaml", "data: {root: a}\ntrain: {epochs: 3, steps: 10}")
+    assert message_of(both).startswith("train.steps=10")
+
+
+def test_a_number_is_the_side_of_a_square(write: Write) -> None:
+    path = write("c.yaml", "data: {root: a}\nmodel: {image_size: 96}")
+    assert load_config(path).model.image_size == [96, 96]
+    assert load_config(path, ["model.image_size=64"]).model.image_size == [64, 64]
+    assert message_of(path, "model.image_size=100").startswith("model.image_size=[100, 100]")
+    assert "model.image_size" in message_of(path, "model.image_size=true")
+
+
+def test_a_file_of_the_other_task_is_called_that() -> None:
+    pretrain, finetune = CONFIGS / "pretrain" / "small.yaml", CONFIGS / "finetune" / "small.yaml"
+    message = message_of(finetune, "data.root=a")
+    assert (
+        message.startswith(f"{finetune}: is a configuration of `spark-me finetune`") and "configs/pretrain" in message
+    )
+    with pytest.raises(UserError, match=f"^{pretrain}: is a configuration of `spark-me pretrain`.*configs/finetune$"):
+        load_config(pretrain, ["weights=none"], schema=FinetuneConfig)
+    with pytest.raises(UserError, match="^model.image_size on the command line is a key of `spark-me pretrain` alone"):
+        load_config(finetune, ["weights=none", "model.image_size=64"], schema=FinetuneConfig)
 
 
 def test_syntax_error_names_file_and_line(write: Write) -> None:

@@ -138,9 +138,9 @@ def test_damaged_tiff(tmp_path: Path) -> None:
 def test_missing_package_names_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tifffile.imwrite(tmp_path / "a.tif", pixels(4, np.uint8), photometric="minisblack", planarconfig="contig")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"a.tif: 4 channels need tifffile: install spark_me's group \[multiband\]"):
+    with pytest.raises(UserError, match=r"a.tif: with 4 channels it needs tifffile: .*\[multiband\]"):
         find_files(DataConfig(root=str(tmp_path)), 4)
-    with pytest.raises(UnreadableImage, match=r"group \[multiband\]"):
+    with pytest.raises(UnreadableImage, match=r"\[multiband\]"):
         read_image(tmp_path / "a.tif", 4)
 
 

@@ -1,13 +1,16 @@
 """Listing images: every kind of data set, what is held out, and bad places."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torchvision
 from PIL import Image
 
 from spark_me.config_schema import DataConfig
-from spark_me.data.files import find_files, fingerprint
+from spark_me.data.files import class_folders, find_files, fingerprint
 from spark_me.data.reading import read_image
 from spark_me.errors import UserError
 
@@ -50,6 +53,32 @@ def test_demo_photos_are_in_the_wheel_and_readable() -> None:
     assert not set(files.train) & set(files.held_out)
     for path in files.train + files.held_out:
         assert min(read_image(path, 3).size) >= 256
+
+
+@pytest.mark.parametrize("kind", ["images", "imagefolder"])
+def test_folder_that_cannot_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    closed, scan = folder / "b" / "deep", os.scandir
+
+    def refuse(path: str | Path) -> object:  # as root, nothing is unreadable
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=rf"^{closed}: this folder cannot be read \(Permission denied\)"):
+        find_files(DataConfig(kind=kind, root=str(folder)))
+    closed.rename(folder / "b" / "lost+found")  # every disk has one
+    closed = folder / "b" / "lost+found"
+    files = find_files(DataConfig(kind=kind, root=str(folder))).train
+    assert "b/2.png" in names(files, folder) and not any("3.JPG" in str(path) for path in files)
+
+
+def test_class_folders_are_those_of_torchvision(folder: Path) -> None:
+    Image.new("RGB", (8, 8)).save(folder / "b" / "deep" / "1.png")
+    Image.new("RGB", (8, 8)).save(folder / "b" / "z.png")
+    expected = [Path(path) for path, _ in torchvision.datasets.ImageFolder(folder).samples]
+    assert find_files(DataConfig(kind="imagefolder", root=str(folder))).train == sorted(expected)
+    assert [path for paths in class_folders(folder).values() for path in paths] == expected
 
 
 def test_held_out_images_are_spread_and_not_trained_on(tmp_path: Path) -> None:

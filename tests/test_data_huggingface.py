@@ -71,5 +71,5 @@ def test_bad_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such data set"):
         find_files(DataConfig(kind="huggingface", root=str(saved / "nowhere")))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"install spark_me's group \[huggingface\]"):
+    with pytest.raises(UserError, match=r"pip install -e \"\.\[huggingface\]\"`"):
         find_files(DataConfig(kind="huggingface", root=str(saved)))

@@ -80,5 +80,5 @@ def test_command_that_fails(command: str, capfd: pytest.CaptureFixture[str]) -> 
 
 def test_missing_package_names_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
-    with pytest.raises(UserError, match=r"install spark_me's group \[webdataset\]"):
+    with pytest.raises(UserError, match=r"pip install -e \"\.\[webdataset\]\"`"):
         find_files(DataConfig(kind="webdataset", root="a.tar"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, write_text, writing
+from spark_me.files import atomic_write, check_output, check_output_folder, write_text, writing
 
 
 def test_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -54,3 +54,32 @@ def test_place_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_error_of_another_kind_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug"), writing(tmp_path / "a.txt"):
         raise RuntimeError("a bug")
+
+
+def test_output_that_cannot_be_or_is_an_input_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "a.pt"
+    source.write_text("weights")
+    (tmp_path / "link.pt").symlink_to(source)
+    os.link(source, tmp_path / "hard.pt")
+    check_output(tmp_path / "new.pt", source, "https://somewhere/a.pt")
+    check_output(None, source)
+    for same in (source, tmp_path / "link.pt", tmp_path / "hard.pt", tmp_path / "." / "a.pt"):
+        with pytest.raises(UserError, match=f"{same}: would replace {source}, which is read"):
+            check_output(same, source)
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        check_output(tmp_path)
+    with pytest.raises(UserError, match="the folder .*no does not exist"):
+        check_output(tmp_path / "no" / "a.pt")
+
+
+def test_folder_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_output_folder(tmp_path / "new" / "folder")
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(UserError, match=f"^{path}: {tmp_path / 'file'} is a file, not a folder"):
+            check_output_folder(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(UserError, match=f"the folder {tmp_path} is not writable"):
+        check_output_folder(tmp_path / "new")
+    with pytest.raises(UserError, match=f"the folder {tmp_path} is not writable"):
+        check_output(tmp_path / "new.pt")

@@ -137,7 +137,7 @@ def test_missing_packages_name_the_group(own, tmp_path, monkeypatch, capsys, pac
     monkeypatch.setitem(sys.modules, package, None)
     assert export(own[0], tmp_path / "x.onnx", "--to", "onnx") == 2
     error = capsys.readouterr().err
-    assert "group [export]" in error and error.count("\n") == 1
+    assert '".[export]"' in error and error.count("\n") == 1
 
 
 def test_bad_input_is_one_line(own, tmp_path, capsys):
@@ -148,6 +148,8 @@ def test_bad_input_is_one_line(own, tmp_path, capsys):
         ([own[0], tmp_path / "x.pt", "--to", "torchscript", "--image-size", 8, 64], "must be at least 32"),
         ([own[0], tmp_path / "x.pth", "--to", "timm", "--image-size", 64, 64], "--image-size is for programs"),
         ([own[0], tmp_path / "x.txt", "--to", "timm"], "cannot tell the format"),
+        ([own[0], own[0], "--to", "torchscript"], "own.pt: would replace"),
+        ([own[0], own[0], "--to", "timm"], "own.pt: would replace"),
         ([tmp_path / "nowhere.pth", tmp_path / "x.pt", "--to", "torchscript"], "no such file"),
     ):
         assert export(*arguments) == 2

@@ -87,7 +87,7 @@ def test_top_k(weights, image):
     prediction = spark_me.inference_model(weights, image, top_k=3)
     ranked = prediction.pop("top_k")
     assert ranked[0] == prediction
-    found = [(row["pred_label"], pytest.approx(row["pred_score"], rel=1e-5)) for row in ranked]
+    found = [(row["pred_label"], pytest.approx(row["pred_score"], abs=1e-4)) for row in ranked]
     assert found == expected(torchvision_resnet(), by_hand(image))[:3]
     with pytest.raises(spark_me.UserError, match="top_k=0"):
         spark_me.inference_model(weights, image, top_k=0)
@@ -104,7 +104,7 @@ def test_a_fine_tuned_checkpoint_brings_classes_crop_and_averaged_weights(tmp_pa
     arguments = ["predict", str(tmp_path / "own.pt"), str(image), "--json", str(file), "--top-k", "9"]
     assert main([*arguments, *(["--raw"] if raw else [])]) == 0
     (entry,) = json.loads(file.read_text())
-    assert (entry["pred_label"], entry["pred_score"]) == (label, pytest.approx(score, rel=1e-5))
+    assert (entry["pred_label"], entry["pred_score"]) == (label, pytest.approx(score, abs=1e-4))
     assert [row["pred_class"] for row in entry["top_k"]] == [["ant", "bee", "cow"][i] for i, _ in [(label, 0), *others]]
     assert f"{score:.4f}" in capsys.readouterr().out
 

@@ -172,7 +172,7 @@ def test_bad_folders_and_options_are_one_line(folders, tmp_path, capsys):
 def test_missing_scikit_learn_is_one_line(folders, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert run_probe(folders) == 2
-    assert "group [probe]" in capsys.readouterr().err
+    assert '".[probe]"' in capsys.readouterr().err
 
 
 def test_labels_follow_sorted_folders(folders):

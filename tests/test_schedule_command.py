@@ -61,7 +61,10 @@ def test_the_plot_has_a_panel_for_each(tmp_path: Path) -> None:
         (["train.epochs=3"], "no configuration"),
         ([str(RECIPE)], "data.root=null"),
         ([str(RECIPE), "--images", "100"], "train.batch_size=4096 is more than the 100 images"),
-        ([str(RECIPE), "--images", "5000", "--plot", "/nowhere/plot.png"], "/nowhere/plot.png: cannot be written"),
+        (
+            [str(RECIPE), "--images", "5000", "--plot", "/nowhere/plot.png"],
+            "/nowhere/plot.png: the folder /nowhere does not exist",
+        ),
     ],
 )
 def test_what_stands_in_the_way(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,10 @@ def test_what_it_refuses(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "nowhere.pth: no such file" in message_of(capsys, tmp_path, tmp_path / "nowhere.pth")
     own = tmp_path / "checkpoint.pt"
     assert "is a resnet18 of 3 channels" in message_of(capsys, tmp_path, own, "model.encoder=resnet34")
+    for option in (["--out", str(own)], ["--out", str(own / "pictures")], ["--json", str(own)]):
+        assert cli.main(["evaluate", str(write_config(tmp_path)), "--weights", str(own), *option]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert option[1] in line and ("is a file, not a folder" in line or "would replace" in line)
     (images / "val" / "class_6").rename(images / "val" / "class_7")
     assert "(in one of them alone: class_6, class_7)" in message_of(capsys, tmp_path, own)
     (images / "val" / "class_7").rename(images / "val" / "class_6")

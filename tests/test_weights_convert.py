@@ -76,6 +76,16 @@ def test_bad_input_is_one_line_and_exit_code_2(source, arguments, problem, capsy
     assert [path.name for path in source.parent.iterdir()] == [source.name]
 
 
+def test_the_source_is_not_replaced(source, capsys):
+    before = source.read_bytes()
+    source.with_name("link.pth").symlink_to(source)
+    for target in (source, source.with_name("link.pth")):
+        assert main(["convert", str(source), str(target), "--to", "timm"]) == 2
+        error = capsys.readouterr().err
+        assert f"{target}: would replace {source}, which is read" in error and error.count("\n") == 1
+    assert source.read_bytes() == before
+
+
 def test_needs_neither_the_engine_nor_torchvision_nor_the_trainer(source):
     """None in sys.modules makes an import fail."""
     program = """if True:

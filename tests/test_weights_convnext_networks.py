@@ -172,7 +172,9 @@ def test_sparse_models_are_filled_and_exported(name, width):
 
 def test_timm_is_named_when_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "spark_me.weights.dense_timm", None)
-    with pytest.raises(spark_me.UserError, match=r"convnextv2_atto .* needs timm: run `pip install spark_me\[train\]`"):
+    with pytest.raises(
+        spark_me.UserError, match=r"convnextv2_atto .* needs timm: run `pip install -e \"\.\[train\]\"`"
+    ):
         spark_me.get_model("convnextv2_atto")
     assert isinstance(spark_me.get_model("convnext_tiny"), DenseConvNeXt)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from spark_me.benchmark.plot import draw_sweep
 from spark_me.benchmark.report import format_largest, format_report, format_sweep
 from spark_me.benchmark.sweep import SWEEPS, cases_of, sweep
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, write_text
+from spark_me.files import atomic_write, check_output, write_text
 
 
 def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> None:
@@ -34,7 +33,7 @@ def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> Non
     """
     scopes = _scopes(scope)
     case.check(scopes)
-    _check_outputs(json_file)
+    check_output(json_file)
     with _Progress(count_units(case, scopes, **options)) as progress:
         report = measure(case, scopes, advance=progress.advance, **options)
     print(format_report(report))
@@ -70,7 +69,8 @@ def bench_sweep(
     cases_of(case, name, values, scopes)
     if plot_file is not None and plot_file.suffix != ".png":
         raise UserError(f"--plot {plot_file}: the picture is a PNG, so end the name in .png")
-    _check_outputs(json_file, plot_file)
+    check_output(json_file)
+    check_output(plot_file)
     with _Progress(len(values) * count_units(case, scopes, **options)) as progress:
         for result in sweep(case, name, values, scopes, advance=progress.advance, **options):
             if json_file is not None:
@@ -93,7 +93,7 @@ def bench_largest(case: Case, scope: str, json_file: Path | None, backends: Sequ
     Raises:
         UserError: for input that does not fit, before anything is measured.
     """
-    _check_outputs(json_file)
+    check_output(json_file)
     with _Progress(None) as progress:
         result = find_largest_batches(case, scope, backends, progress.advance)
     print(format_largest(result))
@@ -123,19 +123,6 @@ class _Progress:
 
 def _scopes(scope: str) -> tuple[str, ...]:
     return SCOPES if scope == "both" else (scope,)
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """A measurement takes long: a place that cannot be written to should not show at its end."""
-    for path in paths:
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: name a file in it")
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}: make it first")
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: the folder {path.parent} is not writable: choose another")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

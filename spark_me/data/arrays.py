@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image
 
 from spark_me.data.unreadable import UnreadableImage
+from spark_me.errors import install_text
 
-GROUP = "needs tifffile: install spark_me's group [multiband]"
+NEEDS_TIFFFILE = f"needs tifffile: {install_text('multiband')}"
 FULL_SCALE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 """What a value of 1 is stored as; other types are taken as they are."""
 
@@ -47,7 +48,7 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
         UnreadableImage: if it is damaged, too large or of another shape, or the package that reads it is missing.
     """
     if not has_tifffile():
-        raise UnreadableImage(GROUP)
+        raise UnreadableImage(NEEDS_TIFFFILE)
     import tifffile
 
     try:

@@ -13,7 +13,7 @@ from spark_me.data.files import find_files
 from spark_me.data.reading import Item, decode, to_picture
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
-from spark_me.files import write_text
+from spark_me.files import check_output, write_text
 
 COMMONEST = 5
 """Kinds of images that the summary names."""
@@ -41,6 +41,7 @@ def check(config: Config, out: Path | None) -> int:
     Raises:
         UserError: if there are no images, or the list cannot be written.
     """
+    check_output(out, str(config.data.root))  # which may be a list of files itself
     channels = config.model.in_channels
     function = partial(examine, channels=channels, nodata=config.data.nodata)
     found: list[Found] = []

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torchvision.datasets import ImageFolder
 
 from spark_me.config_finetune import FinetuneDataConfig
+from spark_me.data.files import class_folders
 from spark_me.data.randomness import SUBSET, generator_of
-from spark_me.data.reading import EXTENSIONS
 from spark_me.errors import UserError
 
 LISTED = 5
@@ -66,18 +65,16 @@ def find_val(data: FinetuneDataConfig) -> tuple[Labelled, list[str]]:
 def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
     if not root.is_dir():
         raise UserError(f"{key}: no such folder: give data.root the folder above train/ and val/, or add data.val_root")
-    try:
-        found = ImageFolder(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
-    except FileNotFoundError:
-        raise UserError(f"{key}: has no class folders: put each class's images in a folder of its own") from None
-    if len(found.classes) < 2:
-        raise UserError(f"{key}: has one class folder alone: put each class's images in a folder of its own")
-    used = set(found.targets)
-    empty = [name for name, label in found.class_to_idx.items() if label not in used]
+    found = class_folders(root)
+    if len(found) < 2:
+        number = "one class folder alone" if found else "no class folders"
+        raise UserError(f"{key}: has {number}: put each class's images in a folder of its own")
+    empty = [name for name, paths in found.items() if not paths]
     if empty:
         shown = ", ".join(empty[:LISTED])
         raise UserError(f"{key}: no images in {len(empty)} class folders ({shown}): fill or remove them")
-    return Labelled([Path(path) for path, _ in found.samples], list(found.targets)), list(found.classes)
+    labels = [label for label, paths in enumerate(found.values()) for _ in paths]
+    return Labelled([path for paths in found.values() for path in paths], labels), list(found)
 
 
 def balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:

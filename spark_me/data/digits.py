@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from spark_me.data.randomness import SUBSET, generator_of
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 from spark_me.files import atomic_write, writing
 
 SIDE = 64
@@ -27,7 +27,7 @@ def write_digits(folder: Path) -> None:
         UserError: if scikit-learn is missing, or the folder cannot be written to.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("the digits come with scikit-learn: install spark_me's group [demo]")
+        raise UserError(f"the digits come with scikit-learn: {install_text('demo')}")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -5,15 +5,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
-
-from torchvision.datasets import ImageFolder
+from typing import NamedTuple, NoReturn
 
 from spark_me.config_data import DataConfig
 from spark_me.data import huggingface, shards
-from spark_me.data.arrays import has_tifffile
+from spark_me.data.arrays import NEEDS_TIFFFILE, has_tifffile
 from spark_me.data.reading import EXTENSIONS, MODES, TIFF, Items
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 
 # Real photographs in scikit-image's wheel. Two are held out; of the stereo pair one is enough.
 DEMO_HELD_OUT = ("chelsea.png", "coffee.png")
@@ -33,6 +31,10 @@ DEMO_PHOTOS = (
     "retina.jpg",
     "rocket.jpg",
 )
+
+
+LOST_AND_FOUND = "lost+found"
+"""The folder at the root of a disk that none but root may read; no images are in it."""
 
 
 class Files(NamedTuple):
@@ -56,7 +58,7 @@ def find_files(data: DataConfig, channels: int = 3) -> Files:
     train, held_out = _find_paths(data)
     tiffs = [path for path in (*train, *held_out) if path.suffix.lower() in TIFF]
     if tiffs and channels not in MODES and not has_tifffile():
-        raise UserError(f"{tiffs[0]}: {channels} channels need tifffile: install spark_me's group [multiband]")
+        raise UserError(f"{tiffs[0]}: with {channels} channels it {NEEDS_TIFFFILE}")
     return Files(train, held_out)
 
 
@@ -118,7 +120,7 @@ def _find_rows(data: DataConfig) -> Files:
 
 
 def _list_images(kind: str, root: Path, key: str) -> list[Path]:
-    finders = {"images": walk, "imagefolder": _class_folders, "list": _read_list}
+    finders = {"images": walk, "imagefolder": _in_class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
     if not (root.is_file() if kind == "list" else root.is_dir()):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
@@ -129,17 +131,41 @@ def _list_images(kind: str, root: Path, key: str) -> list[Path]:
 
 
 def walk(root: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth, in no order."""
-    for folder, _, names in os.walk(root, followlinks=True):
+    """The image files in a folder, at any depth, in no order.
+
+    Raises:
+        UserError: naming a folder that cannot be read: its images would be missing unnoticed.
+    """
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        if LOST_AND_FOUND in folders:
+            folders.remove(LOST_AND_FOUND)
         yield from (Path(folder, name) for name in names if name.lower().endswith(EXTENSIONS))
 
 
-def _class_folders(root: Path) -> Iterator[Path]:
+def class_folders(root: Path) -> dict[str, list[Path]]:
+    """The images in each folder of a folder, those in its own folders too; both in order, as torchvision's ImageFolder.
+
+    Raises:
+        UserError: naming a folder that cannot be read.
+    """
     try:
-        samples = ImageFolder(root, is_valid_file=lambda path: path.lower().endswith(EXTENSIONS), allow_empty=True)
-        yield from (Path(path) for path, _ in samples.samples)
-    except FileNotFoundError:  # no folder in root
-        raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels") from None
+        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name != LOST_AND_FOUND)
+    except OSError as error:
+        _refuse_folder(error)
+    return {name: sorted(walk(root / name), key=lambda path: (str(path.parent), path.name)) for name in classes}
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(
+        f"{error.filename}: this folder cannot be read ({error.strerror}): make it readable, or move it elsewhere"
+    )
+
+
+def _in_class_folders(root: Path) -> Iterator[Path]:
+    images = class_folders(root)
+    if not images:
+        raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels")
+    yield from (path for own in images.values() for path in own)
 
 
 def _read_list(path: Path) -> Iterator[Path]:
@@ -166,5 +192,5 @@ def evenly_spaced(images: int, count: int) -> list[int]:
 def _demo_folder() -> Path:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise UserError("data.kind=demo needs the photos in scikit-image: install spark_me's group [demo]")
+        raise UserError(f"data.kind=demo needs the photos in scikit-image: {install_text('demo')}")
     return Path(spec.origin).parent / "data"

@@ -7,7 +7,7 @@ import numpy as np
 
 from spark_me.config_data import DataConfig
 from spark_me.data.reading import Encoded, Item
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 
 
 class HuggingFaceImages:
@@ -49,7 +49,7 @@ def load(data: DataConfig, split: str) -> HuggingFaceImages:
     try:
         import datasets
     except ImportError:
-        raise UserError("data.kind=huggingface needs datasets: install spark_me's group [huggingface]") from None
+        raise UserError(f"data.kind=huggingface needs datasets: {install_text('huggingface')}") from None
     root = str(data.root)
     try:
         if Path(root, "dataset_dict.json").is_file() or Path(root, "state.json").is_file():

@@ -10,7 +10,7 @@ import numpy as np
 
 from spark_me.config_data import PIPE
 from spark_me.data.reading import EXTENSIONS, Encoded
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 
 READING_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
 """What a missing, truncated or foreign shard raises, and a command that fails."""
@@ -94,7 +94,7 @@ def expand(root: str, key: str) -> list[str]:
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:
-        raise UserError("data.kind=webdataset needs webdataset: install spark_me's group [webdataset]") from None
+        raise UserError(f"data.kind=webdataset needs webdataset: {install_text('webdataset')}") from None
     urls: list[str] = expand_urls(root)
     missing = [url for url in urls if not url.startswith(PIPE) and not Path(url).is_file()]
     if missing:

@@ -15,7 +15,7 @@ from spark_me.data.reading import Item, read_image
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.errors import UserError
-from spark_me.files import write_text
+from spark_me.files import check_output, write_text
 
 
 class Moments(NamedTuple):
@@ -47,6 +47,7 @@ def stats(config: Config, sample: int | None, out: Path | None) -> None:
     """
     if sample is not None and sample < 1:
         raise UserError(f"--sample {sample}: must be at least 1")
+    check_output(out, str(config.data.root))
     channels = config.model.in_channels
     images = find_files(config.data, channels).train
     function = partial(measure, channels=channels, nodata=config.data.nodata)

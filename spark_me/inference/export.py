@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spark_me.config_data import statistics_of
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, require_folder
+from spark_me.files import atomic_write, check_output
 from spark_me.inference.classifier import IMAGENET_CLASSES, imagenet_classes
 from spark_me.inference.export_formats import Exported, export_program, to_onnx, trace
 from spark_me.inference.model_file import ModelFile, read_model
@@ -65,7 +65,7 @@ def export(
     if to in LAYOUTS:
         if image_size is not None:
             raise UserError(f"--image-size is for programs ({', '.join(PROGRAMS)}): a state dict takes any size")
-        check_target(out)
+        check_target(out, source)
         file = read_model(source, raw=raw)
         done = write_weights(file.weights, file.source, out, to)
         print(f"{out}: {done.encoder} in {done.layout} layout")
@@ -73,6 +73,7 @@ def export(
             print(f"note: {note}")
         return
     _check_program(out, to)
+    check_output(out, source)
     file = read_model(source, raw=raw)
     height, width = image_size or file.view.size
     if min(height, width) < PATCH_SIZE:
@@ -105,7 +106,6 @@ def _check_program(out: Path, to: str) -> None:
     suffixes = PROGRAMS[to][1]
     if out.suffix not in suffixes:
         raise UserError(f"{out}: {to} files end in {' or '.join(suffixes)}")
-    require_folder(out)
 
 
 @torch.no_grad()

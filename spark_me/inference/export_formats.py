@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 
 METADATA_FILE = "spark_me.json"
 """The entry of a TorchScript or torch.export archive that holds the metadata."""
@@ -99,4 +99,4 @@ def _packages(*names: str) -> list[Any]:
     try:
         return [importlib.import_module(name) for name in names]
     except ModuleNotFoundError as error:
-        raise UserError(f"ONNX needs {', '.join(names)}: install spark_me's group [export]") from error
+        raise UserError(f"ONNX needs {', '.join(names)}: {install_text('export')}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, require_folder
+from spark_me.files import atomic_write, check_output
 from spark_me.inference.batches import Results, find_images, over_images, pick_device, report
 from spark_me.inference.model_file import read_model
 from spark_me.inference.view import View
@@ -118,7 +118,7 @@ def features_of_files(
     Raises:
         UserError: if the source cannot be read, no image is readable, or the file cannot be written.
     """
-    require_folder(out)
+    check_output(out, source)
     if out.suffix != ".npz":
         raise UserError(f"{out}: features are written as .npz: end the name so")
     paths = find_images(images)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spark_me.data.files import walk
+from spark_me.data.files import class_folders
 from spark_me.errors import UserError
 
 
@@ -32,19 +32,16 @@ def find_labelled(root: Path, option: str) -> Labelled:
     """
     if not root.is_dir():
         raise UserError(f"{option} {root}: no such folder: give one with a folder for each class")
-    classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
+    images = class_folders(root)
+    classes = list(images)
     if len(classes) < 2:
         found = f"the one class folder {classes[0]}" if classes else "no class folders"
         raise UserError(f"{option} {root}: has {found}: put the images of each class into a folder of its own")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = sorted(walk(root / name))
-        if not images:
+    for name, own in images.items():
+        if not own:
             raise UserError(f"{option} {root / name}: no images of this class: add some, or remove the folder")
-        paths += images
-        labels += [label] * len(images)
-    return Labelled(paths, np.array(labels), classes)
+    labels = [label for label, own in enumerate(images.values()) for _ in own]
+    return Labelled([path for own in images.values() for path in own], np.array(labels), classes)
 
 
 def require_equal_classes(train: Labelled, test: Labelled) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spark_me.config_data import INTERPOLATIONS, STATISTICS, DataConfig
 from spark_me.data.transforms import CentreCrop
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 from spark_me.inference.view import View, crop_view, recipe_view
 from spark_me.weights.architectures import FAMILY_OF
 from spark_me.weights.canonical import Weights, from_canonical, part_of, to_canonical
@@ -131,7 +131,7 @@ def _parse(config: Any, where: str) -> Mapping[str, Any]:
     try:
         import yaml
     except ModuleNotFoundError:
-        raise UserError(f"{where}: its configuration needs PyYAML: run `pip install PyYAML`") from None
+        raise UserError(f"{where}: its configuration needs PyYAML: {install_text('inference')}") from None
     try:
         parsed = yaml.safe_load(config)
     except (yaml.YAMLError, AttributeError):

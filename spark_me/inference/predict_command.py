@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_me.errors import UserError
-from spark_me.files import require_folder, write_text
+from spark_me.files import check_output, write_text
 from spark_me.inference.batches import find_images, over_images, pick_device, report
 from spark_me.inference.classifier import Classifier, load_classifier
 from spark_me.inference.contact_sheet import draw_sheet
@@ -45,12 +45,11 @@ def predict_files(
         UserError: if the model is no classifier, no image is readable, or a file cannot be written.
     """
     check_top_k(top_k)
-    for target in (json_file, picture):
-        if target is not None:
-            require_folder(target)
+    check_output(json_file, model, *images)
     if picture is not None and picture.suffix.lower() != ".png":
         raise UserError(f"{picture}: pictures are written as PNG: end the name in .png")
     paths = find_images(images)
+    check_output(picture, model, *paths)
     classifier = load_classifier(model, raw=raw)
     classifier.network.to(pick_device(device))
     results = over_images(

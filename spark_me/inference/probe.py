@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
-from spark_me.files import require_folder, write_text
+from spark_me.files import check_output, write_text
 from spark_me.inference.batches import report
 from spark_me.inference.features import DEEPEST, Encoder, extract_features, load_encoder
 from spark_me.inference.labelled import Labelled, balanced_part, find_labelled, require_equal_classes
@@ -119,8 +119,7 @@ def _check(fraction: float, seed: int, k: int, json_file: Path | None) -> None:
     if k < 1 or seed < 0:
         raise UserError(f"--k {k} and --seed {seed}: must be at least 1 and 0")
     require_sklearn()  # before features are computed for hours
-    if json_file is not None:
-        require_folder(json_file)
+    check_output(json_file)
 
 
 def _features(encoder: Encoder, images: Labelled, what: str, options: dict[str, Any]) -> Features:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 from spark_me.inference.labelled import balanced_part
 
 TEMPERATURE = 0.07
@@ -94,7 +94,7 @@ def require_sklearn() -> None:
         UserError: if it is missing.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise UserError("the linear probe needs scikit-learn: install spark_me's group [probe]")
+        raise UserError(f"the linear probe needs scikit-learn: {install_text('probe')}")
 
 
 def _regression(strength: float) -> Any:

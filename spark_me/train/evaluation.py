@@ -13,7 +13,7 @@ from spark_me.data.class_folders import find_val
 from spark_me.data.labelled import held_out_labelled
 from spark_me.data.loaders import held_out_loader
 from spark_me.errors import UserError
-from spark_me.files import require_folder, write_text
+from spark_me.files import check_output, check_output_folder, write_text, writing
 from spark_me.train.accuracy import Predictions, predict_all
 from spark_me.train.classifier import load_classifier
 from spark_me.train.confusion import plot_confusion
@@ -57,8 +57,9 @@ def evaluate(
     Raises:
         UserError: if the weights do not fit encoder or classes, or images are missing or unreadable.
     """
-    if json_file is not None:
-        require_folder(json_file)
+    check_output(json_file, weights)
+    if out is not None:
+        check_output_folder(out)
     images, classes = find_val(config.data)
     network = load_classifier(config, weights, classes, raw=raw)
     device = pick_device(config.run.device)
@@ -74,7 +75,8 @@ def evaluate(
         write_text(json_file, json.dumps(result._asdict(), indent=1) + "\n")
         print(f"figures   {json_file}")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         plot_confusion(result.confusion, classes, out / "confusion.png")
         print(f"look at   {out / 'confusion.png'}")
     return result

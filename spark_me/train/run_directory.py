@@ -5,7 +5,7 @@ from typing import Any
 
 from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
-from spark_me.files import write_text, writing
+from spark_me.files import check_output_folder, write_text, writing
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
@@ -32,8 +32,10 @@ class RunDirectory:
         """Refuse a directory that another run owns; writes nothing.
 
         Raises:
-            UserError: if it holds another configuration, or checkpoints that this run would overwrite.
+            UserError: if it cannot be written to, holds another configuration, or checkpoints that this run would
+                overwrite.
         """
+        check_output_folder(self.path)
         if self.config.is_file():
             try:
                 other = load_config(self.config, schema=type(config))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from spark_me.config import Config, load_config
 from spark_me.data.files import find_files
-from spark_me.files import atomic_write
+from spark_me.files import atomic_write, check_output
 from spark_me.train.schedules import Schedule, build_schedule, count_steps_per_epoch, describe_peak
 
 COLUMNS = 3
@@ -41,6 +41,7 @@ def report_schedules(configs: Sequence[Path], overrides: Sequence[str], images: 
         UserError: for a wrong configuration, images that are not found or fewer than a batch, or a plot that cannot be
             written.
     """
+    check_output(plot, *configs)
     plans = [_plan(path, overrides, images) for path in configs]
     for plan in plans:
         _print(plan)

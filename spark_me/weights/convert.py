@@ -40,7 +40,7 @@ def convert(
         WeightsError: for missing or unexpected keys, and for other shapes.
     """
     target = Path(destination)
-    check_target(target)
+    check_target(target, source)
     path = local_file(source)
     return write_weights(to_canonical(read_state(path), str(source), encoder), source, target, to)
 

@@ -1,6 +1,7 @@
 """Checkpoint files: read without running code, written atomically, with a model card."""
 
 import hashlib
+import os
 import pickle
 import re
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, require_folder
+from spark_me.files import atomic_write, check_output
 from spark_me.weights.layout_rules import Layout
 from spark_me.weights.layouts import WRAPPERS
 
@@ -107,15 +108,15 @@ def read_card(path: Path) -> dict[str, str]:
     return dict(content.get(CARD) or getattr(content, "_metadata", {}).get(CARD) or {})
 
 
-def check_target(path: Path) -> None:
-    """Refuse a file that cannot be written before any work is done.
+def check_target(path: Path, *inputs: str | os.PathLike[str]) -> None:
+    """Refuse a file that cannot be written, or that is read, before any work is done.
 
     Raises:
-        UserError: for an unknown suffix or a folder that is not there.
+        UserError: for an unknown suffix, and as `check_output`.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(SUFFIXES)}")
-    require_folder(path)
+    check_output(path, *inputs)
 
 
 def sha256_of(path: Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
-from spark_me.errors import UserError
+from spark_me.errors import UserError, install_text
 from spark_me.weights.dense import DenseConvNeXt, DenseResNet
 from spark_me.weights.transfer import load_weights
 
@@ -115,5 +115,5 @@ def _network_type(encoder: str) -> Callable[[str, int | None, int], "DenseNetwor
     try:
         from spark_me.weights.dense_timm import DenseConvNeXtV2
     except ModuleNotFoundError as error:
-        raise UserError(f"{encoder} as a dense network needs timm: run `pip install spark_me[train]`") from error
+        raise UserError(f"{encoder} as a dense network needs timm: {install_text('train')}") from error
     return DenseConvNeXtV2
