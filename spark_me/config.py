@@ -16,7 +16,16 @@ from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.errors import UserError
 
-__all__ = ["AnyConfig", "Config", "FinetuneConfig", "differing_keys", "load_config", "parse_config", "to_yaml"]
+__all__ = [
+    "AnyConfig",
+    "Config",
+    "FinetuneConfig",
+    "differing_keys",
+    "load_config",
+    "nearest_key",
+    "parse_config",
+    "to_yaml",
+]
 
 COMMAND_LINE = "on the command line"
 
@@ -161,10 +170,11 @@ def _check_keys(layer: DictConfig, origin: str, schema: type[AnyConfig]) -> None
             continue
         if key in sections:
             raise UserError(f"{key} {origin} is a section: give its keys, for example {_any_key_of(key, valid)}")
-        raise UserError(f"unknown key {key} {origin}: did you mean {_nearest(key, valid)}?")
+        raise UserError(f"unknown key {key} {origin}: did you mean {nearest_key(key, valid)}?")
 
 
-def _nearest(key: str, valid: list[str]) -> str:
+def nearest_key(key: str, valid: list[str]) -> str:
+    """The one of the valid keys that a mistyped or misplaced one most likely means."""
     by_path = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if by_path:
         return by_path[0]
