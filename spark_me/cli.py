@@ -7,6 +7,7 @@ from pathlib import Path
 
 import spark_me
 from spark_me.cli_bench import add_bench
+from spark_me.cli_config import add_config
 from spark_me.cli_data import add_data
 from spark_me.cli_finetune import add_finetune
 from spark_me.cli_grammar import Parser, PrintVersions, add_configuration, configuration, parse
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add_bench(commands)
     add_data(commands)
     add_schedule(commands)
+    add_config(commands)
     _add_engine(commands)
     _add_doctor(commands)
     return parser

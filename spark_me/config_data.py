@@ -28,45 +28,51 @@ class DataConfig:
     """The images. Nothing here needs labels."""
 
     kind: str = "images"
-    """images: a folder at any depth. imagefolder: one folder a class. imagenet: ImageNet's layout, train/ and val/ in
-    root. list: a text file of paths. webdataset: tar shards. huggingface: a data set of its hub, or one saved with
-    save_to_disk. demo: own photos."""
+    """What root is: images, imagefolder, imagenet, list, webdataset, huggingface or demo. images: a folder at any
+    depth. imagefolder: one folder a class. imagenet: ImageNet's layout, train/ and val/ in root. list: a text file of
+    paths. webdataset: tar shards. huggingface: a data set of its hub, or one saved with save_to_disk. demo: none, the
+    photos are scikit-image's. Example: webdataset."""
     root: str | None = None
-    """The folder; the text file for kind list (its paths are relative to it); shards with brace patterns for kind
-    webdataset, local or `pipe:COMMAND`; the name or folder for kind huggingface. Not for kind demo."""
+    """Where the images are: the folder; the text file for kind list (its paths are relative to it); shards with brace
+    patterns for kind webdataset, local or `pipe:COMMAND`; the name or folder for kind huggingface; null for kind demo.
+    Example: /path/to/images."""
     val_root: str | None = None
-    """Another root whose images are held out of training to measure the loss on. Shards must be local."""
+    """Another root whose images are held out of training to measure the loss on. Shards must be local; null for kinds
+    imagenet, huggingface and demo. Example: /path/to/other/images."""
     split: str = "train"
     """Which split of a huggingface data set is trained on."""
     val_split: str | None = None
-    """Which split of a huggingface data set is held out."""
+    """Which split of a huggingface data set is held out; null: none. Example: validation."""
     held_out: int = 0
     """Without val_root and val_split: how many images of root, evenly spaced in their order, are held out. For kind
-    imagenet: how many of val/, 0 for all."""
+    imagenet: how many of val/, 0 for all. Example: 8."""
     image_key: str | None = None
-    """Which part of a sample is the image: an extension (webdataset) or a column (huggingface); null: the first one."""
+    """Which part of a sample is the image: an extension (webdataset) or a column (huggingface); null: the first one.
+    Example: jpg."""
     samples: int | None = None
-    """Images in all shards of root together; null counts them at the start, which pipes do not allow."""
+    """Images in all shards of root together; null counts them at the start, which pipes do not allow.
+    Example: 1281167."""
     shuffle_buffer: int = 1000
     """Shards are read in a random order, and their images are drawn from a buffer of so many; 1 keeps their order."""
     repeats: int = 1
-    """How many crops of each image make one epoch; more than 1 is for data sets of a few images."""
+    """How many crops of each image make one epoch; more than 1 is for data sets of a few images. Example: 16."""
     crop_scale: list[float] = field(default_factory=lambda: [0.67, 1.0])
     """Smallest and largest share of an image's area that a random crop takes."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     interpolation: str = "bicubic"
-    """How crops are resized: bicubic or bilinear, antialiased."""
+    """How images are resized: bicubic or bilinear, antialiased."""
     mean: list[float] | None = None
-    """What is subtracted per channel. 8-bit values count from 0 to 1, 16-bit ones too, others as they are. null:
-    ImageNet's, for RGB and grey alone."""
+    """Mean of each channel, which is subtracted; null: ImageNet's, for RGB and grey alone. 8-bit and 16-bit values
+    count from 0 to 1, others as they are. `spark-me data stats` measures it. Example: [0.5, 0.5, 0.5]."""
     std: list[float] | None = None
-    """What it is then divided by; null as for mean."""
+    """Deviation of each channel, by which the difference is divided; null as for mean. Example: [0.25, 0.25, 0.25]."""
     nodata: float | None = None
     """The value, as stored, of pixels that hold none: a number where all channels have it, or nan where any has it.
-    Patches with such a pixel are neither visible nor reconstructed. null: all pixels count."""
+    Patches with such a pixel are neither visible nor reconstructed. null: all pixels count.
+    Example: -9999."""
     workers: int = 4
-    """Processes that load images; 0 loads in the training process. The result does not depend on it."""
+    """Processes that load images, for each that trains; 0 loads in that itself. The result does not depend on it."""
     max_unreadable: float = 0.01
     """Share of the images that may be unreadable (skipped and listed) before the run stops."""
 

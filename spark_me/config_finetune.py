@@ -15,9 +15,9 @@ class FinetuneModelConfig:
     """The dense network that is trained; its classifier has one output a class of the data."""
 
     encoder: str = "resnet50"
-    """Name of the encoder, for example resnet50 or convnextv2_tiny."""
+    """Name of the encoder, for example resnet50. Example: convnextv2_tiny."""
     in_channels: int = 3
-    """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels."""
+    """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels. Example: 1."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
 
@@ -31,11 +31,12 @@ class FinetuneDataConfig:
     val_root: str | None = None
     """The class folders of the images that accuracy is measured on, if they are not in root/val."""
     fraction: float = 1.0
-    """Share of the training images that is used: of each class alike, at least one, drawn by run.seed."""
+    """Share of the training images that is used: of each class alike, at least one, drawn by run.seed. Example: 0.1."""
     repeats: int = 1
-    """How many crops of each image make one epoch; more than 1 is for a few images."""
+    """How many crops of each image make one epoch; more than 1 is for data sets of a few images. Example: 16."""
     repeated_augmentation: int = 1
-    """Different crops of an image that a batch holds. An epoch is not longer for it: it has fewer of the images."""
+    """Different crops of an image that a batch holds. An epoch is not longer for it: it has fewer of the images.
+    Example: 3."""
     train_crop: int = 224
     """Side of the training images in pixels."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
@@ -45,7 +46,7 @@ class FinetuneDataConfig:
     trivial_augment: bool = False
     """TrivialAugmentWide: one random change of shape or colour, of random strength. For RGB and grey alone."""
     erasing: float = 0.0
-    """Probability that a rectangle of 0.02 to 1/3 of a crop becomes noise."""
+    """Probability that a rectangle of 0.02 to 1/3 of a crop becomes noise. Example: 0.25."""
     interpolation: str = "bicubic"
     """How images are resized: bicubic or bilinear, antialiased."""
     test_resize: int = 236
@@ -53,12 +54,12 @@ class FinetuneDataConfig:
     test_crop: int = 224
     """Side of the centre of it that the network sees."""
     mean: list[float] | None = None
-    """What is subtracted per channel. 8-bit values count from 0 to 1, 16-bit ones too, others as they are. null:
-    ImageNet's, for RGB and grey alone."""
+    """Mean of each channel, which is subtracted; null: ImageNet's, for RGB and grey alone. 8-bit and 16-bit values
+    count from 0 to 1, others as they are. `spark-me data stats` measures it. Example: [0.5, 0.5, 0.5]."""
     std: list[float] | None = None
-    """What it is then divided by; null as for mean."""
+    """Deviation of each channel, by which the difference is divided; null as for mean. Example: [0.25, 0.25, 0.25]."""
     workers: int = 4
-    """Processes that load images; 0 loads in the training process. The result does not depend on it."""
+    """Processes that load images, for each that trains; 0 loads in that itself. The result does not depend on it."""
     cache: bool = False
     """Keep every decoded image in memory, in each worker; for small data sets."""
     max_unreadable: float = 0.01
@@ -67,7 +68,7 @@ class FinetuneDataConfig:
 
 @dataclass
 class FinetuneOptimConfig(OptimConfig):
-    """The optimizer and its schedule, as in pretraining, with other defaults."""
+    """The optimizer and its schedule."""
 
     name: str = "adamw"
     base_lr: float = 1e-3
@@ -78,7 +79,8 @@ class FinetuneOptimConfig(OptimConfig):
     warmup_start_factor: float = 1e-4
     clip_norm: float | None = None
     layer_decay: float = 1.0
-    """Each group of layers learns at so much of the rate of the next deeper one; the classifier at the full rate."""
+    """Each group of layers learns at so much of the rate of the next deeper one; the classifier at the full rate.
+    1 for no difference. Example: 0.65."""
 
 
 @dataclass
@@ -88,20 +90,23 @@ class FinetuneTrainConfig(TrainConfig):
     epochs: int | None = 300
     batch_size: int = 1024
     loss: str = "ce"
-    """ce: cross-entropy of soft-max. bce: binary cross-entropy of every class's sigmoid, summed over classes."""
+    """ce, cross-entropy of soft-max, or bce, binary cross-entropy of every class's sigmoid, summed over classes.
+    Example: bce."""
     label_smoothing: float = 0.0
-    """Share of a target that is spread evenly over all classes."""
+    """Share of a target that is spread evenly over all classes. Example: 0.1."""
     mixup: float = 0.0
-    """MixUp's alpha; 0 for none. With CutMix, each batch is mixed by one of the two, drawn evenly."""
+    """MixUp's alpha; 0 for none. With CutMix, each batch is mixed by one of the two, drawn evenly.
+    Example: 0.8."""
     cutmix: float = 0.0
-    """CutMix's alpha; 0 for none."""
+    """CutMix's alpha; 0 for none. Example: 1.0."""
     ema: float | None = None
-    """Decay of an exponential moving average of the weights, which is evaluated too; null: none."""
+    """Decay of an exponential moving average of the weights, which is evaluated too; null: none.
+    Example: 0.9999."""
 
 
 @dataclass
 class FinetuneRunConfig(RunConfig):
-    """Where the run lives and what it writes; best.pt is the checkpoint of the highest top-1."""
+    """Where the run lives and what it writes."""
 
     dir: str = "runs/finetune"
 
@@ -111,7 +116,8 @@ class FinetuneConfig:
     """A whole fine-tuning run."""
 
     weights: str = ""
-    """What it starts from: a published name, a path or URL of any known layout; none for random weights."""
+    """What it starts from: a published name, a path or URL of any known layout; none for random weights.
+    Example: runs/pretrain/checkpoints/best.pt."""
     model: FinetuneModelConfig = field(default_factory=FinetuneModelConfig)
     data: FinetuneDataConfig = field(default_factory=FinetuneDataConfig)
     optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
