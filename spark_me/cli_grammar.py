@@ -81,9 +81,7 @@ def parse(parser: argparse.ArgumentParser, line: Sequence[str]) -> argparse.Name
     overrides = [word for word in line if OVERRIDE.match(word)]
     args, rest = parser.parse_known_args([word for word in line if not OVERRIDE.match(word)])
     if not hasattr(args, "configured"):
-        if overrides or rest:
-            parser.error(f"unrecognized arguments: {' '.join([*rest, *overrides])}")
-        return args
+        return parser.parse_args(line)  # a command without a configuration
     unknown = [word for word in rest if word.startswith("-")]
     if unknown:
         raise UserError(_answer_to(unknown[0], line, args))

@@ -105,8 +105,9 @@ def _resolve(layers: list[tuple[str, DictConfig]], schema: type[C], unchecked: C
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(f"{_first_line(error)}: correct that value") from None
     _check_values(config, origins, unchecked)
-    # What a run records must not depend on a later version's defaults.
-    config.data.mean, config.data.std = statistics_of(config.data, config.model.in_channels)
+    if isinstance(config, Config):
+        # What a run records must not depend on a later version's defaults. Fine-tuning has them from its weights.
+        config.data.mean, config.data.std = statistics_of(config.data, config.model.in_channels)
     return config
 
 

@@ -37,8 +37,9 @@ class FinetuneDataConfig:
     repeated_augmentation: int = 1
     """Different crops of an image that a batch holds. An epoch is not longer for it: it has fewer of the images.
     Example: 3."""
-    train_crop: int = 224
-    """Side of the training images in pixels."""
+    train_crop: int | None = None
+    """Side of the training images in pixels; null: as the checkpoint in weights was trained on, or 224 where that is
+    none of spark_me. Example: 192."""
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     """Smallest and largest share of an image's area that a random crop takes."""
     flip: float = 0.5
@@ -49,13 +50,14 @@ class FinetuneDataConfig:
     """Probability that a rectangle of 0.02 to 1/3 of a crop becomes noise. Example: 0.25."""
     interpolation: str = "bicubic"
     """How images are resized: bicubic or bilinear, antialiased."""
-    test_resize: int = 236
-    """What the shorter edge of a test image is resized to, in pixels."""
-    test_crop: int = 224
-    """Side of the centre of it that the network sees."""
+    test_resize: int | None = None
+    """What the shorter edge of a test image is resized to, in pixels; null: test_crop / 0.95. Example: 236."""
+    test_crop: int | None = None
+    """Side of the centre of it that the network sees; null: train_crop. Example: 224."""
     mean: list[float] | None = None
-    """Mean of each channel, which is subtracted; null: ImageNet's, for RGB and grey alone. 8-bit and 16-bit values
-    count from 0 to 1, others as they are. `spark-me data stats` measures it. Example: [0.5, 0.5, 0.5]."""
+    """Mean of each channel, which is subtracted; null: as for the checkpoint in weights, or ImageNet's where that is
+    none of spark_me. 8-bit and 16-bit values count from 0 to 1, others as they are. `spark-me data stats` measures it.
+    Example: [0.5, 0.5, 0.5]."""
     std: list[float] | None = None
     """Deviation of each channel, by which the difference is divided; null as for mean. Example: [0.25, 0.25, 0.25]."""
     workers: int = 4

@@ -118,7 +118,7 @@ def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Ru
     yield "data.fraction", 0 < data.fraction <= 1, "must be a share in (0, 1]"
     yield "data.repeats", data.repeats >= 1, "must be at least 1"
     yield "data.repeated_augmentation", data.repeated_augmentation >= 1, "must be at least 1; 1 for none"
-    yield "data.train_crop", data.train_crop >= 1, "must be at least 1"
+    yield "data.train_crop", data.train_crop is None or data.train_crop >= 1, "must be null or at least 1"
     scale = data.crop_scale
     yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
     yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
@@ -126,9 +126,14 @@ def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Ru
     yield "data.trivial_augment", colours, f"must be false for model.in_channels={channels}: it changes colours"
     yield "data.erasing", 0 <= data.erasing <= 1, "must be a probability"
     yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
-    yield "data.test_crop", 1 <= data.test_crop <= data.test_resize, "must lie between 1 and data.test_resize"
-    yield from statistics_rules("data.mean", data.mean, channels)
-    yield from statistics_rules("data.std", data.std, channels)
+    resize, crop = data.test_resize, data.test_crop
+    yield "data.test_resize", resize is None or resize >= 1, "must be null or at least 1"
+    fits = crop is None or 1 <= crop <= (crop if resize is None else resize)
+    yield "data.test_crop", fits, "must be null, or lie between 1 and data.test_resize"
+    # What is null is settled by the weights.
+    for key, values in (("data.mean", data.mean), ("data.std", data.std)):
+        if values is not None:
+            yield from statistics_rules(key, values, channels)
     yield "data.std", data.std is None or all(value > 0 for value in data.std), "must be positive"
     yield "data.workers", data.workers >= 0, "must not be negative"
     yield "data.max_unreadable", 0 <= data.max_unreadable < 1, "must be a share in [0, 1)"

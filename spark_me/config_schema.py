@@ -15,8 +15,8 @@ class ModelConfig:
     """How the sparse layers compute, with the same result: fused (our kernels) or minkowski (the engine's own).
     Example: minkowski."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])
-    """[height, width] of the training images in pixels: multiples of the encoder's total stride, 32 for most.
-    Example: [192, 256]."""
+    """[height, width] of the training images in pixels, or the side of a square: multiples of the encoder's total
+    stride, 32 for most. Example: [192, 256]."""
     in_channels: int = 3
     """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels. Example: 1."""
     mask_ratio: float = 0.6

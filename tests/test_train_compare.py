@@ -21,6 +21,7 @@ from spark_me.train.comparison_report import format_table
 from spark_me.train.finetune import finetune
 from spark_me.train.loop import Stepper
 from spark_me.train.metrics import read_metrics
+from spark_me.train.starting_weights import settle_images
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +101,7 @@ def test_a_signal_stops_it_and_it_goes_on(
 
 
 def test_a_folder_belongs_to_one_configuration_and_one_file_of_weights(config: FinetuneConfig) -> None:
+    settle_images(config, config.weights, "weights=")
     comparison = Comparison(Path(config.run.dir), config, Path(config.weights))
     comparison.add(Trial("scratch", 1.0, 3, 12, 0.5))
     config.optim.base_lr *= 2

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
 from tiny_finetune import tiny_config, write_classes, write_config
 from tiny_runs import assert_equal
@@ -16,8 +17,10 @@ from spark_me import cli
 from spark_me.config import FinetuneConfig, load_config
 from spark_me.errors import UserError
 from spark_me.train.checkpoint import FINETUNE, list_checkpoints, read_checkpoint
+from spark_me.train.evaluation import evaluate
 from spark_me.train.finetune import finetune
 from spark_me.train.metrics import read_metrics
+from spark_me.train.starting_weights import settle_images
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,7 +216,7 @@ def test_weights_have_to_be_named(images: Path, tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("resnet34", "the file holds a resnet34, the model is a resnet18"), (None, "neither a file nor a published name")],
+    [("resnet34", "the file holds a resnet34, the model is a resnet18"), (None, "other.pth: no such file")],
 )
 def test_weights_of_another_encoder_or_none(images: Path, tmp_path: Path, name: str | None, expected: str) -> None:
     if name is not None:
@@ -245,3 +248,58 @@ def test_directory_of_a_pretraining_run(images: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: {mask_ratio: 0.6}")
     assert "holds a run of another command" in message_of(tiny_config(tmp_path))
+
+
+# The images that the weights were made for.
+
+
+def pretrained(tmp_path: Path, *overrides: str) -> Path:
+    """A checkpoint of one step of pretraining."""
+    images = tiny_runs.write_images(tmp_path / "plain")
+    config = tiny_runs.write_config(tmp_path / "pretrain.yaml", images)
+    own = ["model.image_size=[32,128]", "data.mean=[0.1,0.2,0.3]", "data.std=[0.4,0.5,0.6]", *overrides]
+    length = ["train.steps=1", "train.batch_size=8", "optim.warmup_share=0", f"run.dir={tmp_path / 'pretrained'}"]
+    assert cli.main(["pretrain", str(config), *own, *length]) == 0
+    return tmp_path / "pretrained" / "checkpoints" / "best.pt"
+
+
+def seen(config: FinetuneConfig) -> tuple:
+    data = config.data
+    return data.train_crop, data.test_resize, data.test_crop, data.mean, data.std
+
+
+def test_images_are_those_of_the_pretraining_unless_told_otherwise(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = pretrained(tmp_path)
+    free = ["data.train_crop=null", "data.test_resize=null", "data.test_crop=null", "train.epochs=1"]
+    capsys.readouterr()
+    finetune(tiny_config(tmp_path, f"weights={weights}", *free, "data.std=[0.7,0.7,0.7]"))
+    # As many pixels as 32 × 128 in a square, and 64 / 0.95 for the short edge of test images.
+    recorded = seen(load_config(tmp_path / "run" / "config.yaml", schema=FinetuneConfig))
+    assert recorded == (64, 67, 64, [0.1, 0.2, 0.3], [0.7, 0.7, 0.7])
+    assert f"images of 64 pixels, tested on 64, as {weights} was trained on unless told" in capsys.readouterr().out
+    # The run goes on by itself, also where its weights are gone.
+    weights.unlink()
+    finetune(tiny_config(tmp_path, f"weights={weights}", *free, "data.std=[0.7,0.7,0.7]"))
+    assert "this run is complete" in capsys.readouterr().out
+    # evaluate takes those of the fine-tuning.
+    own = tmp_path / "run" / "checkpoints" / "best.pt"
+    config = tiny_config(tmp_path, *free)
+    evaluate(config, str(own))
+    assert seen(config) == recorded
+
+
+def test_images_of_other_weights_are_imagenets(images: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, "data.train_crop=null", "data.test_resize=null", "data.test_crop=null")
+    settle_images(config, "none", "weights=")
+    assert seen(config) == (224, 236, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    config = tiny_config(tmp_path, "model.in_channels=2")
+    with pytest.raises(UserError, match="data.mean=null: weights=none has none: give model.in_channels=2 values"):
+        settle_images(config, "none", "weights=")
+
+
+def test_other_channels_than_the_pretraining(images: Path, tmp_path: Path) -> None:
+    weights = pretrained(tmp_path, "model.in_channels=1", "data.mean=[0.5]", "data.std=[0.5]")
+    message = message_of(tiny_config(tmp_path, f"weights={weights}"))
+    assert message.endswith("was trained on images of 1 channels, not 3: set model.in_channels=1")

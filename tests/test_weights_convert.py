@@ -65,7 +65,10 @@ def test_torchvision_loads_the_file_strictly(source):
         (["nowhere.pth", "x.pth", "--to", "timm"], "nowhere.pth: no such file"),
         (["{source}", "x.txt", "--to", "timm"], "x.txt: cannot tell the format"),
         (["{source}", "x.pth", "--to", "keras"], "unknown layout 'keras': choose one of torchvision, timm, official"),
-        (["{source}", "x.pth", "--to", "timm", "--encoder", "resnet50"], "likely cause: it holds a resnet18"),
+        (
+            ["{source}", "x.pth", "--to", "timm", "--encoder", "resnet50"],
+            "resnet18.pth: not the tensors of resnet50 in torchvision layout: it holds a resnet18",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(source, arguments, problem, capsys, monkeypatch):

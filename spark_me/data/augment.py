@@ -38,6 +38,7 @@ class LabelledTransform:
 
 def augmentation(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
     """Random resized crop and flip; TrivialAugmentWide and erasing as the configuration has them."""
+    assert data.train_crop is not None  # settled with the weights
     crop = v2.RandomResizedCrop(
         data.train_crop,
         scale=(data.crop_scale[0], data.crop_scale[1]),
@@ -52,5 +53,6 @@ def augmentation(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
 
 def centre_crop(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
     """The shorter edge resized, then the centre."""
+    assert data.test_resize is not None and data.test_crop is not None
     resize = v2.Resize(data.test_resize, interpolation=InterpolationMode(data.interpolation), antialias=True)
     return LabelledTransform([resize, v2.CenterCrop(data.test_crop)], data, channels)

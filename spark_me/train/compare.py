@@ -17,7 +17,7 @@ from spark_me.train.comparison_report import draw, format_markdown, format_table
 from spark_me.train.finetune import finetune
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.starting_weights import locate
+from spark_me.train.starting_weights import locate, settle_images
 
 
 def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> None:
@@ -37,6 +37,7 @@ def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> N
     """
     _check(config, fractions, seeds)
     weights = locate(config.weights, "weights=")
+    settle_images(config, config.weights, "weights=")
     with distributed.agreed():
         comparison = Comparison(Path(config.run.dir), config, weights)
         all_images = find_labelled(config.data, config.run.seed).train

@@ -18,6 +18,7 @@ from spark_me.train.accuracy import Predictions, predict_all
 from spark_me.train.classifier import load_classifier
 from spark_me.train.confusion import plot_confusion
 from spark_me.train.precision import Precision, pick_device
+from spark_me.train.starting_weights import settle_images
 
 ON_SCREEN = 40
 """Most classes whose table is printed."""
@@ -48,7 +49,8 @@ def evaluate(
     """Measure a classifier under the test crop of a configuration, and print the result.
 
     Args:
-        config: names the encoder and the validation images.
+        config: names the encoder and the validation images; what it leaves open of them is filled in
+            (`settle_images`).
         weights: a fine-tuning checkpoint, or a published name, path or URL of any known layout with a classifier.
         raw: take a checkpoint's weights themselves, not their moving average.
         json_file: where all figures are written.
@@ -60,6 +62,7 @@ def evaluate(
     check_output(json_file, weights)
     if out is not None:
         check_output_folder(out)
+    settle_images(config, weights, "--weights ")
     images, classes = find_val(config.data)
     network = load_classifier(config, weights, classes, raw=raw)
     device = pick_device(config.run.device)

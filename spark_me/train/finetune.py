@@ -9,12 +9,14 @@ from spark_me.train.finetuning import Finetuning
 from spark_me.train.messages import say_stopped
 from spark_me.train.precision import pick_device
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.starting_weights import start_from
+from spark_me.train.starting_weights import settle_images, start_from
 from spark_me.train.trainer import Trainer
 
 
 def finetune(config: FinetuneConfig) -> bool:
     """Run a configuration to its end, from the newest checkpoint of its directory if there is one.
+
+    What it leaves open of the images is filled in, in place (`settle_images`).
 
     With several processes, call it in each, within `distributed.process_group()`.
 
@@ -26,6 +28,7 @@ def finetune(config: FinetuneConfig) -> bool:
         SystemExit: on processes besides the main one, in its place.
     """
     run = RunDirectory(config.run.dir)
+    settle_images(config, config.weights, "weights=", run)
     with distributed.agreed():
         if distributed.is_main():
             run.check(config)

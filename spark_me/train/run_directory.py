@@ -36,13 +36,8 @@ class RunDirectory:
                 overwrite.
         """
         check_output_folder(self.path)
-        if self.config.is_file():
-            try:
-                other = load_config(self.config, schema=type(config))
-            except UserError as error:
-                raise UserError(
-                    f"{self.path}: holds a run of another command or version ({error}): choose another run.dir"
-                ) from None
+        other = self.recorded(type(config))
+        if other is not None:
             different = differing_keys(other, config)
             if different:
                 raise UserError(
@@ -51,6 +46,22 @@ class RunDirectory:
                 )
         if config.run.resume == "never" and list_checkpoints(self.checkpoints):
             raise UserError(f"{self.path}: holds a run, and run.resume=never: choose another run.dir, or resume=auto")
+
+    def recorded(self, schema: type[AnyConfig]) -> AnyConfig | None:
+        """The configuration of the run that the directory holds; None if it holds none.
+
+        Raises:
+            UserError: if it is that of another task.
+        """
+        if not self.config.is_file():
+            return None
+        try:
+            config: AnyConfig = load_config(self.config, schema=schema)
+            return config
+        except UserError as error:
+            raise UserError(
+                f"{self.path}: holds a run of another command or version ({error}): choose another run.dir"
+            ) from None
 
     def create(self, config: AnyConfig) -> None:
         """Make the directory and write the resolved configuration into it."""

@@ -1,13 +1,21 @@
-"""`weights`: what a fine-tuning run starts from."""
+"""`weights`: what a fine-tuning run starts from, and which images it was made for."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from spark_me.config import AnyConfig, parse_config
+from spark_me.config_data import statistics_of
 from spark_me.config_finetune import SCRATCH, FinetuneConfig
 from spark_me.errors import UserError
 from spark_me.train import distributed
+from spark_me.train.checkpoint import FINETUNE, PRETRAIN
+from spark_me.train.run_directory import RunDirectory
 from spark_me.weights.download import is_url, local_file
+from spark_me.weights.files import read_content
 from spark_me.weights.models import PUBLISHED, build_network
 from spark_me.weights.transfer import load_weights
 
@@ -29,6 +37,80 @@ def start_from(network: nn.Module, config: FinetuneConfig) -> str:
         loaded = load_weights(encoder, path)
         network.load_state_dict(encoder.state_dict(), strict=False)
     return f"the encoder in {config.weights} ({loaded.layout} layout) and a new classifier"
+
+
+SEEN = ("train_crop", "test_resize", "test_crop", "mean", "std")
+"""Keys of `data` that say how a network sees images."""
+DEFAULT_SIDE, SHOWN = 224, 0.95
+"""Pixels; and the share of a test image's shorter edge that its centre takes, as in the published recipes."""
+
+
+def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirectory | None = None) -> None:
+    """Fill in what a configuration leaves open of its images, in place, and say where it is from.
+
+    A network is to see images as in its training: a run that goes on takes what it recorded, another one what the
+    checkpoint in `weights` was trained on; where that is none of spark_me, 224 pixels, ImageNet's mean and deviation.
+
+    Every process calls it.
+
+    Args:
+        config: data.train_crop, test_resize, test_crop, mean and std.
+        weights: a checkpoint, a published name, path or URL; `none` for none.
+        key: where they were given, for messages.
+        run: the run, if there is one.
+
+    Raises:
+        UserError: if the weights cannot be had, or there are no mean and deviation for the images' channels.
+    """
+    data, channels = config.data, config.model.in_channels
+    if None not in _settings_of(config).values():
+        return
+    goes_on = run is not None and run.config.is_file()
+    path = None if goes_on or weights == SCRATCH else locate(weights, key)
+    found: dict[str, Any] = {}
+    with distributed.agreed():
+        if distributed.is_main():
+            recorded = None if run is None else run.recorded(FinetuneConfig)
+            found = _trained_on(path) if recorded is None else _settings_of(recorded)
+    found = distributed.of_main(found)
+    for name, value in found.items():
+        if getattr(data, name) is None:
+            setattr(data, name, value)
+    data.train_crop = data.train_crop or DEFAULT_SIDE
+    data.test_crop = data.test_crop or data.train_crop
+    data.test_resize = data.test_resize or round(data.test_crop / SHOWN)
+    data.mean, data.std = statistics_of(data, channels)
+    if data.test_crop > data.test_resize:
+        raise UserError(f"data.test_crop={data.test_crop}: must not exceed data.test_resize={data.test_resize}")
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if values is None:
+            raise UserError(f"data.{name}=null: {key}{weights} has none: give model.in_channels={channels} values")
+        if len(values) != channels:
+            raise UserError(
+                f"{key}{weights}: was trained on images of {len(values)} channels, not {channels}: set "
+                f"model.in_channels={len(values)}"
+            )
+    if distributed.is_main() and not goes_on:
+        like = f"as {path} was trained on" if found else "with ImageNet's mean and deviation"
+        print(f"images of {data.train_crop} pixels, tested on {data.test_crop}, {like} unless told otherwise")
+
+
+def _settings_of(config: AnyConfig) -> dict[str, Any]:
+    return {name: getattr(config.data, name) for name in SEEN}
+
+
+def _trained_on(path: Path | None) -> dict[str, Any]:
+    """What a checkpoint of spark_me was trained on; empty for any other file and for none."""
+    content = {} if path is None else read_content(path)
+    task = content.get("format") if isinstance(content, Mapping) else None
+    if task == f"spark_me.{FINETUNE}":
+        return _settings_of(parse_config(content["config"], str(path), FinetuneConfig))
+    if task != f"spark_me.{PRETRAIN}":
+        return {}
+    config = parse_config(content["config"], str(path))
+    height, width = config.model.image_size
+    # Fine-tuning takes squares: of as many pixels.
+    return {"train_crop": round(math.sqrt(height * width)), "mean": config.data.mean, "std": config.data.std}
 
 
 def locate(source: str, key: str) -> Path:
@@ -53,6 +135,8 @@ def _find(source: str, key: str) -> Path:
         return local_file(PUBLISHED[source].url)
     path = local_file(source)
     if not is_url(source) and not path.is_file():
+        if path.suffix or path.parent.name:
+            raise UserError(f"{key}{source}: no such file: check the path")
         raise UserError(
             f"{key}{source}: neither a file nor a published name: give a path, a URL, or one of {', '.join(PUBLISHED)}"
         )

@@ -73,7 +73,9 @@ def to_canonical(state: Mapping[str, Tensor], where: str, encoder: str | None = 
     counters = _missing_counters(tensors)
     tensors |= counters
     held = nearest_encoder(tensors)
-    causes = [f"it holds a {held}"] if encoder not in (None, held) else []
+    # Only whole files say for certain what they hold.
+    other = encoder not in (None, held) and _expected(held, tensors).keys() == tensors.keys()
+    causes = [f"it holds a {held}"] if other else []
     encoder = encoder or held
     specs = _expected(encoder, tensors)
     check_tensors(

@@ -49,11 +49,12 @@ def check_tensors(
     Args:
         found, needed: canonical name → shape.
         where: the start of the message: the file, and what it should fit.
-        causes: likely causes that the caller knows of.
+        causes: what the caller knows to be the cause: it is said in place of the lists.
         label: how a name is written in the message.
 
     Raises:
-        WeightsError: listing missing keys, unexpected keys, and shapes that differ, with the likely cause.
+        WeightsError: listing missing keys, unexpected keys, and shapes that differ, with the likely cause. Its
+            attributes have them all.
     """
     missing = [label(name) for name in needed if name not in found]
     unexpected = [label(name) for name in found if name not in needed]
@@ -69,8 +70,9 @@ def check_tensors(
         if items
     ]
     if problems:
-        likely = ", ".join(causes or _shape_causes(mismatched))
-        message = f"{where}: {'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
+        likely = ", ".join(_shape_causes(mismatched))
+        listed = f"{'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
+        message = f"{where}: {', '.join(causes) or listed}"
         labelled = {label(name): shapes for name, shapes in mismatched.items()}
         raise WeightsError(message, missing, unexpected, labelled)
 
@@ -85,8 +87,10 @@ def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]]) -> list[str]:
     causes = {}
     for name, (found, needed) in mismatched.items():
         part = name.partition(".")[0]
-        if name in IMAGE_TENSORS or name.startswith("decoder.projection."):
-            causes["channels"] = "another number of image channels (in_channels)"
+        if name in IMAGE_TENSORS and len(found) == 4:
+            causes["channels"] = f"another number of image channels (in_channels={found[1]} would fit)"
+        elif name in IMAGE_TENSORS or name.startswith("decoder.projection."):
+            causes.setdefault("channels", "another number of image channels (in_channels)")
         elif part in ("densify", "decoder"):
             causes["width"] = "another decoder width (decoder_width)"
         elif part == "fc":

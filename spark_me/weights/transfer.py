@@ -93,7 +93,7 @@ def _check(weights: Weights, own: Weights, where: str) -> tuple[str, ...]:
         {name: tuple(tensor.shape) for name, tensor in own.tensors.items() if part_of(name) in shared},
         f"{where}: does not fit the model",
         causes=(
-            [f"the file holds a {weights.encoder}, the model is a {own.encoder}"]
+            [f"the file holds a {weights.encoder}, the model is a {own.encoder}: take the one encoder for both"]
             if weights.encoder != own.encoder
             else []
         ),
