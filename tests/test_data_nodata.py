@@ -184,6 +184,29 @@ def test_values_of_nodata_reach_neither_loss_nor_gradient(value: float) -> None:
     assert out.prediction.isfinite().all() and out.loss.isfinite()
 
 
+@pytest.mark.parametrize("nodata", [True, False])
+def test_loss_of_each_image_is_its_own(nodata: bool) -> None:
+    """Against a loop over the patches of each image, predicted without the other."""
+    model, images, visible, valid = masked_case()
+    model.eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    valid = valid if nodata else torch.ones_like(valid)
+    losses = model.reconstruct(images, visible, valid if nodata else None).losses
+    assert losses.shape == (2,) and losses.dtype == torch.float64
+    for number, image in enumerate(images):
+        with torch.no_grad():
+            prediction = model.predict(images[number : number + 1], visible[number : number + 1])[0].numpy()
+        errors = []
+        for row, column in (valid & ~visible)[number].nonzero().tolist():
+            place = (slice(None), slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32))
+            target = image.numpy()[place]
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+            errors.append(np.square(prediction[place] - target).mean())
+        assert losses[number].item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
 def test_visible_nodata_is_refused() -> None:
     model, images, visible, valid = masked_case()
     with pytest.raises(ValueError, match="cannot be visible"):
