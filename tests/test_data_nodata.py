@@ -45,14 +45,15 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
             torch.manual_seed(seed)
             return transform(picture)
 
-        image, valid = crop(transform, picture.masked_fill(hole, torch.nan))
+        image, valid, without_data = crop(transform, picture.masked_fill(hole, torch.nan))
         assert image.isfinite().all()
         # The same crop without nodata, with two contents of the hole: what differs was touched.
         ones, twos = (crop(plain, picture.masked_fill(hole, value)).image for value in (100.0, -100.0))
         touched = (ones != twos).any(dim=0)
         blocks = touched.view(2, PATCH_SIZE, 3, PATCH_SIZE).permute(0, 2, 1, 3).flatten(2).any(dim=2)
         assert not (blocks & valid).any()
-        assert (image[:, touched] == 0).all()
+        assert without_data.shape == SIZE and without_data[touched].all()
+        assert (image[:, without_data] == 0).all() and (image[:, ~without_data] != 0).all()
         everywhere_valid = valid.repeat_interleave(PATCH_SIZE, 0).repeat_interleave(PATCH_SIZE, 1)
         torch.testing.assert_close(image[:, everywhere_valid], ones[:, everywhere_valid], rtol=1e-4, atol=1e-4)
         seen_invalid += int((~valid).sum())
@@ -62,7 +63,8 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
 def test_patches_far_from_the_hole_stay_valid() -> None:
     picture = torch.rand(4, 64, 96)
     picture[:, 10, 10] = torch.nan
-    _, valid = held_out_transform(DATA, SIZE, 4)(picture)
+    _, valid, without_data = held_out_transform(DATA, SIZE, 4)(picture)
+    assert without_data.nonzero().tolist() == [[10, 10]]
     assert valid.tolist() == [[False, True, True], [True, True, True]]
 
 
@@ -103,7 +105,7 @@ def test_skipped_image_is_recorded(tmp_path: Path) -> None:
 
 def test_patches_are_as_large_as_the_encoders() -> None:
     picture, _ = with_hole()
-    _, valid = held_out_transform(DATA, SIZE, 4, patch_size=16)(picture)
+    valid = held_out_transform(DATA, SIZE, 4, patch_size=16)(picture).valid
     assert valid.shape == (4, 6)
 
 

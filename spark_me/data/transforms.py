@@ -25,6 +25,8 @@ class Crop(NamedTuple):
     """float32 [C, H, W], normalised; 0 where there is no data."""
     valid: Tensor | None
     """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
+    without_data: Tensor | None = None
+    """bool [H, W], nodata pixels and those they had a part in; None as for `valid`. Batches go without it."""
 
 
 class Transform:
@@ -65,7 +67,7 @@ class Transform:
             without_data = crop[-1].isnan()
             valid = _patches_with_data(without_data, self.patch_size)
             if valid.sum() >= MIN_VALID:
-                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid)
+                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid, without_data)
             most = max(most, int(valid.sum()))
         crops = f"in the best of {self.attempts} crops" if self.attempts > 1 else "in its centre crop"
         raise UnreadableImage(f"nodata: {most} of {valid.numel()} patches have data {crops}, {MIN_VALID} are needed")
