@@ -99,5 +99,15 @@ def patch_loss(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
     Returns:
         A scalar; predicting zero scores about 1.0.
     """
+    return _hidden_errors(prediction, target, hidden).sum() / hidden.sum()
+
+
+def image_losses(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """`patch_loss` of each image alone: [B]; NaN where none of its patches is hidden."""
+    return _hidden_errors(prediction, target, hidden).sum(dim=1) / hidden.sum(dim=1)
+
+
+def _hidden_errors(prediction: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """[B, patches], 0 where not hidden."""
     error = (prediction - target).square().mean(dim=2)
-    return torch.where(hidden, error, 0).sum() / hidden.sum()
+    return torch.where(hidden, error, 0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me import masking, sparse
-from spark_me.decoder import Decoder, patch_loss
+from spark_me.decoder import Decoder, image_losses, patch_loss
 from spark_me.densify import Densify
 from spark_me.devices import copy_to
 from spark_me.encoders.base import SparseEncoder
@@ -23,6 +23,8 @@ class Reconstruction(NamedTuple):
     """bool [B, fh, fw], True = kept."""
     loss: Tensor
     """Scalar, as `SparK.forward` returns it."""
+    losses: Tensor
+    """[B], the loss of each image: the mean over its own hidden patches."""
 
 
 class SparK(nn.Module):
@@ -101,8 +103,9 @@ class SparK(nn.Module):
         target, mean, deviation = self._target(images)
         grid = (visible.shape[1], visible.shape[2])
         prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
-        loss = patch_loss(normalised, target, targets.flatten(1))
-        return Reconstruction(prediction, copy_to(visible, images.device), loss)
+        of_patches = (normalised, target, targets.flatten(1))
+        loss, losses = patch_loss(*of_patches), image_losses(*of_patches)
+        return Reconstruction(prediction, copy_to(visible, images.device), loss, losses)
 
     def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:
         pyramid = Pyramid(visible, self.patch_size, self.backend, images.device)

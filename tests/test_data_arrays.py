@@ -14,7 +14,7 @@ from spark_me.config_schema import DataConfig
 from spark_me.data import arrays
 from spark_me.data.files import find_files
 from spark_me.data.reading import Encoded, read_image
-from spark_me.data.transforms import to_displayable
+from spark_me.data.transforms import display_of, to_displayable
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 
@@ -190,3 +190,27 @@ def test_any_number_of_channels_can_be_shown() -> None:
         picture = to_displayable(images, data)
         assert picture.shape[1] == shown
         torch.testing.assert_close(picture[0, 0].flatten(), torch.tensor([0.5, 1.0, 0.0, 1.0]))
+
+
+@pytest.mark.parametrize(
+    ("channels", "mean", "caption"),
+    [
+        (1, 0.4, ""),
+        (3, 0.4, ""),
+        (1, 300.0, "grey, within 2.5 deviations of its mean"),
+        (3, 300.0, "red, green, blue, within 2.5 deviations of their mean"),
+        (2, 0.4, "band 1 of 2 as grey, within 2.5 deviations of its mean"),
+        (4, 0.4, "bands 1, 2, 3 of 4 as red, green, blue, within 2.5 deviations of their mean"),
+        (13, 300.0, "bands 1, 2, 3 of 13 as red, green, blue, within 2.5 deviations of their mean"),
+    ],
+)
+def test_caption_says_which_bands_are_shown(channels: int, mean: float, caption: str) -> None:
+    """And pixels are shown as it says."""
+    data = DataConfig(mean=[mean] * channels, std=[0.2] * channels)
+    assert display_of(data, channels).caption == caption
+    images = torch.randn(1, channels, 4, 5, generator=torch.Generator().manual_seed(0))
+    picture = to_displayable(images, data)[0]
+    assert len(picture) == (3 if "bands 1, 2, 3" in caption or channels == 3 else 1)
+    for band, shown in zip(images[0], picture):
+        expected = 0.5 + band / 5 if caption else mean + 0.2 * band
+        torch.testing.assert_close(shown, expected.clamp(0, 1))

@@ -45,14 +45,15 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
             torch.manual_seed(seed)
             return transform(picture)
 
-        image, valid = crop(transform, picture.masked_fill(hole, torch.nan))
+        image, valid, without_data = crop(transform, picture.masked_fill(hole, torch.nan))
         assert image.isfinite().all()
         # The same crop without nodata, with two contents of the hole: what differs was touched.
         ones, twos = (crop(plain, picture.masked_fill(hole, value)).image for value in (100.0, -100.0))
         touched = (ones != twos).any(dim=0)
         blocks = touched.view(2, PATCH_SIZE, 3, PATCH_SIZE).permute(0, 2, 1, 3).flatten(2).any(dim=2)
         assert not (blocks & valid).any()
-        assert (image[:, touched] == 0).all()
+        assert without_data.shape == SIZE and without_data[touched].all()
+        assert (image[:, without_data] == 0).all() and (image[:, ~without_data] != 0).all()
         everywhere_valid = valid.repeat_interleave(PATCH_SIZE, 0).repeat_interleave(PATCH_SIZE, 1)
         torch.testing.assert_close(image[:, everywhere_valid], ones[:, everywhere_valid], rtol=1e-4, atol=1e-4)
         seen_invalid += int((~valid).sum())
@@ -62,7 +63,8 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
 def test_patches_far_from_the_hole_stay_valid() -> None:
     picture = torch.rand(4, 64, 96)
     picture[:, 10, 10] = torch.nan
-    _, valid = held_out_transform(DATA, SIZE, 4)(picture)
+    _, valid, without_data = held_out_transform(DATA, SIZE, 4)(picture)
+    assert without_data.nonzero().tolist() == [[10, 10]]
     assert valid.tolist() == [[False, True, True], [True, True, True]]
 
 
@@ -103,7 +105,7 @@ def test_skipped_image_is_recorded(tmp_path: Path) -> None:
 
 def test_patches_are_as_large_as_the_encoders() -> None:
     picture, _ = with_hole()
-    _, valid = held_out_transform(DATA, SIZE, 4, patch_size=16)(picture)
+    valid = held_out_transform(DATA, SIZE, 4, patch_size=16)(picture).valid
     assert valid.shape == (4, 6)
 
 
@@ -182,6 +184,29 @@ def test_values_of_nodata_reach_neither_loss_nor_gradient(value: float) -> None:
     assert torch.isfinite(expected[0])
     out = model.reconstruct(torch.where(has_data, images, value), visible, valid)
     assert out.prediction.isfinite().all() and out.loss.isfinite()
+
+
+@pytest.mark.parametrize("nodata", [True, False])
+def test_loss_of_each_image_is_its_own(nodata: bool) -> None:
+    """Against a loop over the patches of each image, predicted without the other."""
+    model, images, visible, valid = masked_case()
+    model.eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    valid = valid if nodata else torch.ones_like(valid)
+    losses = model.reconstruct(images, visible, valid if nodata else None).losses
+    assert losses.shape == (2,) and losses.dtype == torch.float64
+    for number, image in enumerate(images):
+        with torch.no_grad():
+            prediction = model.predict(images[number : number + 1], visible[number : number + 1])[0].numpy()
+        errors = []
+        for row, column in (valid & ~visible)[number].nonzero().tolist():
+            place = (slice(None), slice(32 * row, 32 * row + 32), slice(32 * column, 32 * column + 32))
+            target = image.numpy()[place]
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+            errors.append(np.square(prediction[place] - target).mean())
+        assert losses[number].item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_visible_nodata_is_refused() -> None:

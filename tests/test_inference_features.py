@@ -50,7 +50,8 @@ def test_of_a_pretraining_checkpoint_equal_the_sparse_models(tmp_path, images):
     content = checkpoint_of(state, config, task=PRETRAIN, steps_per_epoch=4, data_fingerprint="x")
     path = write_checkpoint(tmp_path, content, keep_last=1)
     with torch.no_grad():
-        *_, deepest = model.eval().encode(load_images(images, config).images)
+        crops = torch.stack([subject.crop.image for subject in load_images(images, config)])
+        *_, deepest = model.eval().encode(crops)
     encoder = load_encoder(path)
     actual = encoder.features(torch.stack([encoder.view.see(image) for image in images]))
     assert encoder.view.size == (64, 96)

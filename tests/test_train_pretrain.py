@@ -140,11 +140,11 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
     model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
     model.load_state_dict(weights(run))
     model.eval()
-    held_out = load_images([tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)], config).images
+    subjects = load_images([tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)], config)
     losses = []
     for mask in range(4):
         visible = draw_visible_of_samples(config.run.seed, mask, range(3), (2, 2), 0.6)
-        losses += [model(image[None], one[None]).item() for image, one in zip(held_out, visible)]
+        losses += [model(one.crop.image[None], shown[None]).item() for one, shown in zip(subjects, visible)]
     assert read_metrics(run / "metrics.jsonl")[-1]["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 

@@ -120,11 +120,11 @@ class TrainDataset(Dataset[Sample]):
         while len(unreadable) <= self.most_unreadable and len(unreadable) < len(self.items):
             item = self.items[(index + len(unreadable)) % len(self.items)]
             try:
-                image, valid = self.reader.crop(item, epoch, index)
+                crop = self.reader.crop(item, epoch, index)
             except UnreadableImage as reason:
                 unreadable.append((str(item), str(reason)))
             else:
-                return Sample(image, index, unreadable, valid)
+                return Sample(crop.image, index, unreadable, crop.valid)
         # More failures than the run accepts: whoever receives these records stops the run.
         return Sample(None, index, unreadable)
 
@@ -152,12 +152,12 @@ class StreamDataset(Dataset[Sample]):
                 continue
             item = keys[candidate][2]
             try:
-                image, valid = self.reader.crop(item, epoch, index)
+                crop = self.reader.crop(item, epoch, index)
             except UnreadableImage as reason:
                 failed.add(candidate)
                 unreadable.append((item.name, str(reason)))
             else:
-                return Sample(image, index, unreadable, valid)
+                return Sample(crop.image, index, unreadable, crop.valid)
         return Sample(None, index, unreadable)
 
 
@@ -174,7 +174,15 @@ class HeldOutDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         item = self.items[index]
         try:
-            image, valid = self.reader.crop(item, 0, index)
+            crop = self.crop(item, index)
         except UnreadableImage as reason:
             return Sample(None, index, [(str(item), str(reason))])
-        return Sample(image, index, [], valid)
+        return Sample(crop.image, index, [], crop.valid)
+
+    def crop(self, item: Item, index: int) -> Crop:
+        """What the model sees of `items[index]`, with the pixels without data.
+
+        Raises:
+            UnreadableImage: if it cannot be used.
+        """
+        return self.reader.crop(item, 0, index)

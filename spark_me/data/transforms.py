@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from spark_me.config_data import DataConfig, statistics_of
+from spark_me.config_data import DataConfig, Statistics, statistics_of
 from spark_me.data.reading import Picture
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.masking import MIN_VALID
@@ -16,6 +16,8 @@ from spark_me.masking import MIN_VALID
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 ATTEMPTS = 10
 """Random crops that are tried of an image with nodata pixels before it is skipped."""
+DEVIATIONS = 2.5
+"""How far from the mean values are shown that are no photo's."""
 
 
 class Crop(NamedTuple):
@@ -25,6 +27,8 @@ class Crop(NamedTuple):
     """float32 [C, H, W], normalised; 0 where there is no data."""
     valid: Tensor | None
     """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
+    without_data: Tensor | None = None
+    """bool [H, W], nodata pixels and those they had a part in; None as for `valid`. Batches go without it."""
 
 
 class Transform:
@@ -65,7 +69,7 @@ class Transform:
             without_data = crop[-1].isnan()
             valid = _patches_with_data(without_data, self.patch_size)
             if valid.sum() >= MIN_VALID:
-                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid)
+                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid, without_data)
             most = max(most, int(valid.sum()))
         crops = f"in the best of {self.attempts} crops" if self.attempts > 1 else "in its centre crop"
         raise UnreadableImage(f"nodata: {most} of {valid.numel()} patches have data {crops}, {MIN_VALID} are needed")
@@ -119,19 +123,42 @@ def held_out_transform(
     return Transform(CentreCrop(image_size, data.interpolation), data, channels, patch_size, attempts=1)
 
 
-def to_displayable(images: Tensor, data: DataConfig) -> Tensor:
-    """Undo the normalisation: float [B, 3 or 1, H, W] in 0 to 1, clipped.
+class Display(NamedTuple):
+    """How images of so many channels are shown to the eye."""
 
-    Of two or more than three channels, the first or the first three are taken. What is no photo, because its
-    mean is not within 0 to 1 or its values lie close together, is shown within 2.5 deviations of its mean.
+    bands: int
+    """How many channels are shown, from the first on: 3 as red, green and blue, or 1 as grey."""
+    mean: list[float]
+    """What 0 becomes, of each shown channel."""
+    std: list[float]
+    """What 1 adds to it."""
+    caption: str
+    """Which channels these are, and in what range; empty for plain photos."""
+
+
+def display_of(data: Statistics, channels: int) -> Display:
+    """Choose what is shown: of two or more than three channels, the first or the first three.
+
+    What is no photo, because its mean is not within 0 to 1 or its values lie close together, is shown within
+    2.5 deviations of its mean.
     """
-    channels = images.shape[1]
-    mean, std = (torch.tensor(values, device=images.device) for values in statistics_of(data, channels))
-    shown = 3 if channels >= 3 else 1
-    if channels not in (1, 3) or mean.min() < 0 or mean.max() > 1 or std.max() < 0.1:
-        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.2)
-    restored = images * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1)
-    return restored[:, :shown].clamp(0, 1)
+    bands = 3 if channels >= 3 else 1
+    mean, std = statistics_of(data, channels)
+    assert mean is not None and std is not None  # a configuration without them is refused
+    whole = channels == bands
+    if whole and min(mean) >= 0 and max(mean) <= 1 and max(std) >= 0.1:
+        return Display(bands, mean, std, "")
+    which, colours, own = ("bands 1, 2, 3", "red, green, blue", "their") if bands == 3 else ("band 1", "grey", "its")
+    what = colours if whole else f"{which} of {channels} as {colours}"
+    caption = f"{what}, within {DEVIATIONS} deviations of {own} mean"
+    return Display(bands, [0.5] * bands, [0.5 / DEVIATIONS] * bands, caption)
+
+
+def to_displayable(images: Tensor, data: Statistics) -> Tensor:
+    """Undo the normalisation as `display_of` says: [B, C, H, W] → float [B, 3 or 1, H, W] in 0 to 1, clipped."""
+    display = display_of(data, images.shape[1])
+    mean, std = (torch.tensor(x, device=images.device).view(-1, 1, 1) for x in (display.mean, display.std))
+    return (images[:, : display.bands] * std + mean).clamp(0, 1)
 
 
 def _patches_with_data(without_data: Tensor, patch_size: int) -> Tensor:

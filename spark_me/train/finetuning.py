@@ -107,7 +107,7 @@ class Finetuning:
             measured |= {f"{prefix}loss": loss / images, f"{prefix}top1": top1 / images, f"{prefix}top5": top5 / images}
         return measured
 
-    def draw(self, run: RunDirectory) -> None:
+    def draw(self, run: RunDirectory, step: int) -> None:
         """Loss and accuracy over the steps."""
         plot_finetuning(read_metrics(run.metrics), run.loss_plot)
 

@@ -1,19 +1,33 @@
 """Pictures of a run: the loss over the steps, and photos reconstructed from their visible pixels."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from spark_me.files import atomic_write
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "tab:blue", "tab:orange"
 COLUMNS = ("original", "visible pixels", "reconstruction")
-HIDDEN_GREY = 0.5
+
+Colour: TypeAlias = tuple[float, float, float]
+# Rare in photos, and of such different lightness that they are told apart in any colour vision.
+HIDDEN_COLOUR: Colour = (0.5, 0.5, 0.5)
+NODATA_COLOUR: Colour = (1.0, 0.69, 0.0)
+UNPREDICTED_COLOUR: Colour = (0.24, 0.12, 0.66)
+
+# Inches.
+SIDE, GAP, MARGIN, TITLE, LINE = 2.6, 0.08, 0.12, 0.32, 0.22
+# Points.
+LARGE, MEDIUM, SMALL = 11, 10, 8
+LONGEST_NAME = 48
+"""Characters, so that even the widest leave room for the loss."""
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
@@ -36,30 +50,127 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
         figure.savefig(file, format="png", dpi=120)
 
 
-def plot_reconstruction(originals: Tensor, predictions: Tensor, shown: Tensor, path: Path) -> None:
+class Row(NamedTuple):
+    """An image in the picture of reconstructions.
+
+    A pixel in none of the masks has data, but a nodata pixel lies in its patch.
+    """
+
+    name: str
+    loss: float
+    original: Tensor
+    """Float [1 or 3, H, W] in 0 to 1."""
+    prediction: Tensor
+    """The same; counts where `predicted`."""
+    visible: Tensor
+    """bool [H, W]."""
+    predicted: Tensor
+    """bool [H, W], the pixels of hidden patches."""
+    without_data: Tensor
+    """bool [H, W]."""
+
+
+def plot_reconstruction(rows: Sequence[Row], title: str, notes: Sequence[str], path: Path) -> None:
+    """Write `reconstruction_figure` as a PNG.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    figure = reconstruction_figure(rows, title, notes)
+    with atomic_write(path) as file, warnings.catch_warnings():
+        # Of file names in scripts that the font lacks; they are drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        figure.savefig(file, format="png", dpi=120)
+
+
+def reconstruction_figure(rows: Sequence[Row], title: str, notes: Sequence[str]) -> Figure:
     """Draw a row for each image: original, visible pixels, reconstruction with the visible pixels pasted in.
 
     Args:
-        originals: [B, C, H, W] in 0 to 1.
-        predictions: [B, C, H, W] in 0 to 1.
-        shown: bool [B, H, W], which pixels are visible.
-        path: PNG to write.
+        rows: one at least; their images have one shape.
+        title: one line.
+        notes: small lines below the pictures.
     """
-    mask = shown[:, None]
-    pasted = torch.where(mask, originals, predictions)
-    grey = torch.where(mask, originals, torch.full_like(originals, HIDDEN_GREY))
-    rows, _, height, width = originals.shape
-    side = 2.6
-    figure = Figure(figsize=(3 * side, rows * side * height / width + 0.6), layout="constrained")
-    for row, images in zip(figure.subplots(rows, 3, squeeze=False), zip(originals, grey, pasted)):
-        for axes, image in zip(row, images):
-            axes.imshow(image.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
+    height, width = rows[0].visible.shape
+    side = SIDE * height / width
+    of_row = GAP + LINE + side
+    page = (
+        2 * MARGIN + 3 * SIDE + 2 * GAP,
+        2 * MARGIN + TITLE + LINE + len(rows) * of_row + GAP + (1 + len(notes)) * LINE,
+    )
+    figure = Figure(figsize=page)
+
+    def write(x: float, y: float, text: str, **properties: Any) -> None:
+        """Write a line whose middle lies x, y inches from the page's upper left corner."""
+        place = {"x": x / page[0], "y": 1 - y / page[1], "va": "center", "parse_math": False}
+        figure.text(s=text, **{"fontsize": SMALL, **place, **properties})
+
+    lefts = [MARGIN + column * (SIDE + GAP) for column in range(3)]
+    write(page[0] / 2, MARGIN + TITLE / 2, title, ha="center", fontsize=LARGE)
+    y = MARGIN + TITLE
+    for left, name in zip(lefts, COLUMNS):
+        write(left + SIDE / 2, y + LINE / 2, name, ha="center", fontsize=MEDIUM)
+    y += LINE
+    for row in rows:
+        y += GAP
+        write(MARGIN, y + LINE / 2, printable(shorten(row.name, LONGEST_NAME)), ha="left")
+        write(page[0] - MARGIN, y + LINE / 2, f"loss {row.loss:.4f}", ha="right")
+        y += LINE + side
+        for left, image in zip(lefts, paint(row)):
+            axes = figure.add_axes((left / page[0], 1 - y / page[1], SIDE / page[0], side / page[1]))
+            axes.imshow(image.permute(1, 2, 0).numpy(), aspect="auto")
             axes.set_axis_off()
-    for axes, title in zip(figure.axes, COLUMNS):
-        axes.set_title(title)
-    figure.supxlabel("A hidden patch is predicted up to its mean and contrast, which are the original's.", fontsize=8)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    y += GAP + LINE / 2
+    keys = [Rectangle((0, 0), 1, 1, facecolor=colour, label=name) for name, colour in _colours_in(rows).items()]
+    middle = (0.5, 1 - y / page[1])
+    figure.legend(
+        handles=keys, ncols=len(keys), fontsize=SMALL, frameon=False, loc="center", bbox_to_anchor=middle, borderpad=0
+    )
+    for number, note in enumerate(notes, start=1):
+        write(page[0] / 2, y + number * LINE, note, ha="center")
+    return figure
+
+
+def paint(row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    """The row's three pictures, RGB [3, H, W]: original, visible pixels, reconstruction."""
+    original, prediction = (image.expand(3, -1, -1) for image in (row.original, row.prediction))
+
+    def fill(image: Tensor, mask: Tensor, colour: Colour) -> Tensor:
+        return torch.where(mask, torch.tensor(colour, dtype=image.dtype).view(3, 1, 1), image)
+
+    known = fill(fill(original, _unpredicted(row), UNPREDICTED_COLOUR), row.without_data, NODATA_COLOUR)
+    return (
+        fill(original, row.without_data, NODATA_COLOUR),
+        fill(known, row.predicted, HIDDEN_COLOUR),
+        torch.where(row.predicted, prediction, known),
+    )
+
+
+def shorten(text: str, longest: int) -> str:
+    """Cut a text in its middle: file names differ at their ends."""
+    if len(text) <= longest:
+        return text
+    kept = longest - 1
+    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+
+
+def printable(text: str) -> str:
+    """A file's name may hold line breaks, and bytes that are no text."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _colours_in(rows: Sequence[Row]) -> dict[str, Colour]:
+    masks = {
+        ("hidden", HIDDEN_COLOUR): [row.predicted for row in rows],
+        ("no data", NODATA_COLOUR): [row.without_data for row in rows],
+        ("not predicted: its patch has pixels without data", UNPREDICTED_COLOUR): [_unpredicted(row) for row in rows],
+    }
+    return {name: colour for (name, colour), own in masks.items() if any(mask.any() for mask in own)}
+
+
+def _unpredicted(row: Row) -> Tensor:
+    """bool [H, W], pixels with data in patches that are neither visible nor predicted."""
+    return ~(row.visible | row.predicted | row.without_data)
 
 
 def smooth(values: Sequence[float]) -> np.ndarray:

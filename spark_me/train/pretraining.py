@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.config import Config
-from spark_me.data.datasets import Batch, collate
+from spark_me.data.datasets import Batch
 from spark_me.data.files import Files, fingerprint
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
 from spark_me.data.unreadable import UnreadableFiles
@@ -22,7 +22,7 @@ from spark_me.train.checkpoint import PRETRAIN
 from spark_me.train.evaluate import measure_held_out
 from spark_me.train.metrics import read_metrics
 from spark_me.train.plots import plot_loss
-from spark_me.train.reconstruct import draw_reconstruction, model_of
+from spark_me.train.reconstruct import draw_reconstruction, model_of, read_subjects
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import count_steps, count_steps_per_epoch
 from spark_me.train.task import Inputs, require_even_split
@@ -105,13 +105,13 @@ class Pretraining:
             )
         return {"held_out_loss": loss_sum / images}
 
-    def draw(self, run: RunDirectory) -> None:
+    def draw(self, run: RunDirectory, step: int) -> None:
         """The loss over the steps, and what the model makes of the first held-out images."""
         plot_loss(read_metrics(run.metrics), run.loss_plot)
-        rows = min(PICTURES, len(self.held_out))
-        batch = collate([self.held_out[index] for index in range(rows)])
-        if batch.indices:
-            draw_reconstruction(self.model, batch, self.config, run.picture, seed=self.config.run.seed)
+        subjects, _ = read_subjects(self.held_out, min(PICTURES, len(self.held_out)))
+        if subjects:
+            seed = self.config.run.seed
+            draw_reconstruction(self.model, subjects, self.config, run.picture, step=step, seed=seed)
 
     def entries(self) -> dict[str, Any]:
         return {}

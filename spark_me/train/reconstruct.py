@@ -2,18 +2,38 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from spark_me import build_model
 from spark_me.config import Config
-from spark_me.data.datasets import Batch, collate
+from spark_me.data.datasets import HeldOutDataset
 from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset
-from spark_me.data.transforms import to_displayable
+from spark_me.data.reading import Item
+from spark_me.data.transforms import Crop, display_of, to_displayable
+from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 from spark_me.masking import draw_visible_of_samples, upsample_visible
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import config_of, load_model, read_checkpoint
-from spark_me.train.plots import plot_reconstruction
+from spark_me.train.plots import LONGEST_NAME, Row, plot_reconstruction, printable, shorten
+
+NOTES = (
+    "Loss: squared error of normalised hidden pixels under the mask that is shown; predicting nothing scores 1.0.",
+    "A hidden patch is predicted up to its mean and contrast, which are the original's.",
+)
+
+
+class Subject(NamedTuple):
+    """An image to reconstruct."""
+
+    item: Item
+    place: int
+    """In its data set, which decides its mask."""
+    crop: Crop
 
 
 def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, seed: int = 0) -> None:
@@ -32,7 +52,10 @@ def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, se
     config = config_of(content, checkpoint)
     model = model_of(config)
     load_model(model, content, checkpoint)
-    draw_reconstruction(model, load_images(images, config), config, out, seed=seed)
+    subjects = load_images(images, config)
+    losses = draw_reconstruction(model, subjects, config, out, step=content["step"], seed=seed)
+    for subject, loss in zip(subjects, losses):
+        print(f"{printable(str(subject.item))}  loss {loss:.4f}")
     print(f"wrote {out}")
 
 
@@ -51,31 +74,83 @@ def model_of(config: Config) -> SparK:
     )
 
 
-def load_images(paths: Sequence[Path], config: Config) -> Batch:
+def load_images(paths: Sequence[Path], config: Config) -> list[Subject]:
     """Read files as the held-out images are.
 
     Raises:
         UserError: naming the first file that is unreadable.
     """
     dataset = held_out_dataset(Files([], list(paths)), config)
-    batch = collate([dataset[index] for index in range(len(dataset))])
-    for path, reason in batch.unreadable:
-        raise UserError(f"{path}: unreadable ({reason}): give images that open in a viewer")
-    return batch
+    subjects, unreadable = read_subjects(dataset, len(dataset))
+    for name, reason in unreadable:
+        raise UserError(f"{name}: unreadable ({reason}): give images that open in a viewer")
+    return subjects
 
 
-def draw_reconstruction(model: SparK, batch: Batch, config: Config, path: Path, *, seed: int) -> None:
-    """Reconstruct images under reproducible masks and write the picture; the model's mode is kept."""
-    images, valid = batch.images, batch.valid
+def read_subjects(dataset: HeldOutDataset, count: int) -> tuple[list[Subject], list[tuple[str, str]]]:
+    """The first `count` images of a data set, and (name, reason) of those that cannot be used."""
+    subjects, unreadable = [], []
+    for index in range(count):
+        item = dataset.items[index]
+        try:
+            subjects.append(Subject(item, index, dataset.crop(item, index)))
+        except UnreadableImage as reason:
+            unreadable.append((str(item), str(reason)))
+    return subjects, unreadable
+
+
+def draw_reconstruction(
+    model: SparK, subjects: Sequence[Subject], config: Config, path: Path, *, step: int, seed: int
+) -> list[float]:
+    """Reconstruct images under reproducible masks and write the picture; the model's mode is kept.
+
+    Args:
+        model: on any device.
+        subjects: one at least.
+        config: what the model was built from.
+        path: PNG to write.
+        step: how far the model is trained.
+        seed: which masks are drawn.
+
+    Returns:
+        The loss of each image under its mask.
+
+    Raises:
+        UserError: if the picture cannot be written.
+    """
+    images = torch.stack([subject.crop.image for subject in subjects])
+    marked = [subject.crop.valid for subject in subjects if subject.crop.valid is not None]
+    valid = torch.stack(marked) if marked else None
+    places = [subject.place for subject in subjects]
+    visible = draw_visible_of_samples(seed, 0, places, model.grid, model.mask_ratio, valid)
     device = next(model.parameters()).device
-    visible = draw_visible_of_samples(seed, 0, range(len(images)), model.grid, model.mask_ratio, valid)
     training = model.training
     model.eval()  # as for the held-out loss
-    prediction = model.reconstruct(images.to(device), visible, valid).prediction
+    result = model.reconstruct(images.to(device), visible, valid)
     model.train(training)
-    plot_reconstruction(
-        to_displayable(images, config.data),
-        to_displayable(prediction.float().cpu(), config.data),
-        upsample_visible(visible, model.patch_size),
-        path,
-    )
+    losses: list[float] = result.losses.tolist()
+    hidden = ~visible if valid is None else valid & ~visible
+    rows = [
+        Row(*fields)
+        for fields in zip(
+            [subject.item.name for subject in subjects],
+            losses,
+            to_displayable(images, config.data),
+            to_displayable(result.prediction.float().cpu(), config.data),
+            upsample_visible(visible, model.patch_size),
+            upsample_visible(hidden, model.patch_size),
+            [_without_data(subject.crop) for subject in subjects],
+        )
+    ]
+    encoder, mean = shorten(config.model.encoder, LONGEST_NAME), sum(losses) / len(losses)
+    title = f"{encoder}, step {step}, mask ratio {model.mask_ratio:g}: mean loss {mean:.4f}"
+    caption = display_of(config.data, config.model.in_channels).caption
+    plot_reconstruction(rows, title, [f"Shown: {caption}.", *NOTES] if caption else NOTES, path)
+    return losses
+
+
+def _without_data(crop: Crop) -> Tensor:
+    """bool [H, W]."""
+    if crop.without_data is None:
+        return torch.zeros(crop.image.shape[1:], dtype=torch.bool)
+    return crop.without_data

@@ -59,8 +59,8 @@ class Task(Protocol):
     def evaluate(self, unreadable: UnreadableFiles, autocast: torch.autocast) -> dict[str, float]:
         """Values on held-out data, by name; empty without such data. Called on all processes, with equal results."""
 
-    def draw(self, run: RunDirectory) -> None:
-        """Draw how far the run is, into its directory."""
+    def draw(self, run: RunDirectory, step: int) -> None:
+        """Draw how far the run is after so many steps, into its directory."""
 
     def entries(self) -> dict[str, Any]:
         """What a checkpoint holds besides what every task's does, by name."""

@@ -192,7 +192,7 @@ class Trainer:
 
     def _draw(self) -> None:
         if self.log is not None:
-            self.task.draw(self.run)
+            self.task.draw(self.run, self.state.step)
             if self.run.picture.is_file():
                 self.log.picture(self.state.step, self.run.picture)
 
