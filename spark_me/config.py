@@ -31,8 +31,14 @@ __all__ = [
 COMMAND_LINE = "on the command line"
 SCHEMAS: Mapping[str, type[AnyConfig]] = {"pretrain": Config, "finetune": FinetuneConfig}
 """By task, which is also the command and the folder of its files in configs/."""
-ALTERNATIVES = (("train.epochs", "train.steps"), ("optim.warmup_epochs", "optim.warmup_share"))
-"""Two ways to say one thing: a layer that gives one takes the other away from the layers below."""
+ALTERNATIVES = (
+    ("train.epochs", "train.steps"),
+    ("optim.warmup_epochs", "optim.warmup_share"),
+    ("data.held_out", "data.val_root", "data.val_split"),
+)
+"""Several ways to say one thing: a layer that uses one takes the others away from the layers below."""
+UNUSED = {"data.held_out": 0}
+"""What says that one of them is not used, where that is not null."""
 SIZES = ("model.image_size",)
 """Keys of [height, width], where a number is the side of a square."""
 
@@ -94,7 +100,7 @@ def _resolve(layers: list[tuple[str, DictConfig]], schema: type[C], unchecked: C
     origins: dict[str, str] = {}
     for origin, layer in layers:
         _check_keys(layer, origin, schema)
-        _spell_out(layer)
+        _spell_out(layer, schema)
         origins |= dict.fromkeys(_leaves(layer), origin)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -200,17 +206,17 @@ def _describe_other_task(key: str, origin: str, task: str) -> str:
     )
 
 
-def _spell_out(layer: DictConfig) -> None:
+def _spell_out(layer: DictConfig, schema: type[AnyConfig]) -> None:
     """Write in full what a layer says for short."""
-    given = set(_leaves(layer))
+    given, valid = set(_leaves(layer)), keys_of(schema)
     for key in SIZES:
         side = OmegaConf.select(layer, key, throw_on_missing=False) if key in given else None
         if type(side) is int:  # no bool
             OmegaConf.update(layer, key, [side, side])
-    for pair in ALTERNATIVES:
-        for one, other in (pair, pair[::-1]):
-            if one in given and other not in given and OmegaConf.select(layer, one) is not None:
-                OmegaConf.update(layer, other, None)
+    for ways in ALTERNATIVES:
+        if any(key in given and OmegaConf.select(layer, key) != UNUSED.get(key) for key in ways):
+            for key in set(ways) & set(valid) - given:
+                OmegaConf.update(layer, key, UNUSED.get(key))
 
 
 def nearest_key(key: str, valid: list[str]) -> str:

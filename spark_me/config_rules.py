@@ -102,6 +102,7 @@ def _run_rules(run: RunConfig) -> Iterator[Rule]:
     yield "run.checkpoint_every_steps", every is None or every >= 1, "must be null or at least 1"
     yield "run.keep_last", run.keep_last >= 1, "must be at least 1"
     yield "run.log_every_steps", run.log_every_steps >= 1, "must be at least 1"
+    yield "run.print_every_steps", run.print_every_steps >= 1, "must be at least 1"
     yield "run.evaluate_every_epochs", run.evaluate_every_epochs >= 1, "must be at least 1"
     yield "run.picture_every_epochs", run.picture_every_epochs >= 1, "must be at least 1"
 

@@ -112,6 +112,8 @@ class RunConfig:
     highest top-1 in fine-tuning."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
+    print_every_steps: int = 50
+    """Steps between lines on the screen where that is no terminal, which has a bar instead. Example: 10."""
     evaluate_every_epochs: int = 1
     """Epochs between measurements on the held-out images, which the end of the run has anyway. Example: 10."""
     picture_every_epochs: int = 1
@@ -143,6 +145,7 @@ FREE_KEYS = frozenset(
         "run.checkpoint_every_steps",
         "run.keep_last",
         "run.log_every_steps",
+        "run.print_every_steps",
         "run.evaluate_every_epochs",
         "run.picture_every_epochs",
     }

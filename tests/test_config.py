@@ -211,6 +211,12 @@ def test_the_later_of_two_ways_to_give_a_length_counts(write: Write) -> None:
     config = load_config(write("c.yaml", "data: {root: a}"), ["train.steps=10", "optim.warmup_share=0.1"])
     assert (config.train.epochs, config.train.steps) == (None, 10)
     assert (config.optim.warmup_epochs, config.optim.warmup_share) == (None, 0.1)
+    data = load_config(small, ["data.root=a", "data.val_root=b"]).data
+    assert (data.val_root, data.held_out) == ("b", 0)
+    shards = ["data.kind=webdataset", "data.root=a.tar", "data.val_root=b.tar"]
+    assert load_config(small, shards).data.held_out == 0
+    tuned = load_config(CONFIGS / "finetune" / "small.yaml", ["weights=none", *shards[1:]], schema=FinetuneConfig)
+    assert tuned.data.val_root == "b.tar"
     # One file that gives both contradicts itself.
     both = write("both.yaml", "data: {root: a}\ntrain: {epochs: 3, steps: 10}")
     assert message_of(both).startswith("train.steps=10")

@@ -83,17 +83,17 @@ def test_png_of_four_channels_and_of_sixteen_bits(tmp_path: Path) -> None:
     Image.fromarray(deep[..., 0]).save(tmp_path / "b.png")
     torch.testing.assert_close(read_image(tmp_path / "b.png", 1), expected(deep))
     Image.new("RGB", (8, 8)).save(tmp_path / "c.png")
-    with pytest.raises(UnreadableImage, match=r"has 3 channels \(mode RGB\), not model.in_channels=4"):
+    with pytest.raises(UnreadableImage, match=r"has 3 channels \(mode RGB\), not 4: .* model.in_channels=3"):
         read_image(tmp_path / "c.png", 4)
 
 
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ((4, 20, 30), "looks like C×H×W, store it as H×W×C"),
+        ((4, 20, 30), "looks like C×H×W: store it as H×W×C"),
         ((4, 20, 4), "may be H×W×C or C×H×W"),
-        ((20, 30, 5), "not H×W×C with model.in_channels=4"),
-        ((20, 30), "not H×W×C with model.in_channels=4"),
+        ((20, 30, 5), r"has 5 channels \(shape \(20, 30, 5\)\), not 4: .* model.in_channels=5"),
+        ((20, 30), "has 1 channels .* model.in_channels=1"),
         ((2, 20, 30, 4), "not height × width × channels"),
         ((0, 20, 4), "not height × width × channels"),
     ],

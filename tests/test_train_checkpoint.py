@@ -1,5 +1,6 @@
 """Checkpoints: complete, safe to load, and never lost to a full disk."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ from spark_me.train import pretraining
 from spark_me.train.checkpoint import (
     TrainState,
     checkpoint_of,
+    checkpoint_size,
     config_of,
     list_checkpoints,
     load_model,
     read_checkpoint,
+    require_space,
     restore,
     write_checkpoint,
 )
@@ -126,6 +129,10 @@ def test_foreign_file(tmp_path: Path) -> None:
     expect_one_line(tmp_path / "foreign.pt", "is no checkpoint of spark-me pretrain")
     (tmp_path / "text.pt").write_text("hello")
     expect_one_line(tmp_path / "text.pt", "is truncated or no checkpoint")
+    torch.save({"format": "spark_me.finetune"}, tmp_path / "tuned.pt")
+    expect_one_line(
+        tmp_path / "tuned.pt", "is a checkpoint of `spark-me finetune`, where one of `spark-me pretrain` is"
+    )
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -186,3 +193,52 @@ def test_disk_that_fills_up_keeps_the_previous_checkpoint(tmp_path: Path) -> Non
     (line,) = result.stdout.splitlines()
     assert "step_00000002.pt: cannot be written" in line
     assert f"the last good checkpoint is {folder / 'step_00000001.pt'}" in line
+
+
+def test_size_is_known_before_the_first_step(tmp_path: Path, trained: TrainState) -> None:
+    average = {"ema": trained.model.state_dict()}
+    untrained = checkpoint_size(make_state(), {})
+    assert untrained == checkpoint_size(trained, {})
+    assert untrained == pytest.approx(save(tmp_path, trained).stat().st_size, rel=0.02)
+    content = checkpoint_of(trained, CONFIG, task="finetune", steps_per_epoch=10, data_fingerprint="", entries=average)
+    (tmp_path / "averaged").mkdir()
+    size = write_checkpoint(tmp_path / "averaged", content, keep_last=1).stat().st_size
+    assert checkpoint_size(trained, average) == pytest.approx(size, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "writes", "there", "most"),
+    [
+        (3, 100, 0, 5),  # three, the best, and the one that is being written
+        (3, 2, 0, 3),  # no more than are ever written
+        (1, 100, 0, 3),
+        (3, 100, 2, 3),  # two of them lie there already
+    ],
+)
+def test_disk_that_is_too_small_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep_last: int, writes: int, there: int, most: int
+) -> None:
+    size, folder = 1000, tmp_path / "run" / "checkpoints"
+    for number in range(there):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step_0000000{number}.pt").write_bytes(bytes(size))
+
+    def usage(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, free))
+
+    usage(most * size)
+    assert "checkpoints of 1 kB in" in require_space(folder, size, keep_last=keep_last, writes=writes)
+    usage(most * size - 1)
+    with pytest.raises(UserError, match=f"{folder}: .* are free.* lower run.keep_last={keep_last}"):
+        require_space(folder, size, keep_last=keep_last, writes=writes)
+    require_space(folder, size, keep_last=keep_last, writes=0)  # a run that is complete
+
+
+def test_run_on_a_full_disk_does_not_begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**6))
+    assert cli.main(["pretrain", str(config), f"run.dir={tmp_path / 'run'}"]) == 2
+    assert "1 MB are free, and the checkpoints of this run take 677 MB (5 of 135 MB)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

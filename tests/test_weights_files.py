@@ -142,3 +142,20 @@ def test_a_failed_write_keeps_the_file_that_was_there(tmp_path, suffix, monkeypa
 def test_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
     assert sha256_of(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ts"])
+def test_exported_programs_are_called_that(tmp_path, suffix):
+    network = nn.Sequential(nn.Linear(2, 3))
+    path = tmp_path / f"x{suffix}"
+    torch.jit.trace(network, torch.zeros(1, 2)).save(path)
+    with pytest.raises(UserError, match=r"is a TorchScript program, no file of weights: give the checkpoint that"):
+        read_state(path)
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 2),)), tmp_path / "x.pt2")
+    (tmp_path / "x.pt2").rename(path)
+    with pytest.raises(UserError, match=r"is a program of torch.export, no file of weights"):
+        read_state(path)
+    path = tmp_path / "x.onnx"
+    torch.onnx.export(network, (torch.zeros(1, 2),), path, dynamo=True)
+    with pytest.raises(UserError, match=r"x.onnx: is an ONNX program, no file of weights"):
+        read_state(path)

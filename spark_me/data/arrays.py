@@ -83,9 +83,15 @@ def check(array: np.ndarray, channels: int) -> np.ndarray:
     if array.shape[0] == channels > 1 and array.shape[2] == channels:
         raise UnreadableImage(f"has the shape {array.shape}, which may be H×W×C or C×H×W")
     if array.shape[2] != channels:
-        swapped = ": looks like C×H×W, store it as H×W×C" if array.shape[0] == channels else ""
-        raise UnreadableImage(f"has the shape {array.shape}, not H×W×C with model.in_channels={channels}{swapped}")
+        if array.shape[0] == channels:
+            raise UnreadableImage(f"has the shape {array.shape}, which looks like C×H×W: store it as H×W×C")
+        raise UnreadableImage(other_channels(array.shape[2], channels, f" (shape {array.shape})"))
     return array
+
+
+def other_channels(found: int, channels: int, how: str) -> str:
+    """The reason why an image has too few or too many channels, with what to do."""
+    return f"has {found} channels{how}, not {channels}: for such images train with model.in_channels={found}"
 
 
 def with_channels(array: np.ndarray) -> np.ndarray:

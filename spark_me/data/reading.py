@@ -75,7 +75,7 @@ def to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float |
     if isinstance(decoded, Image.Image):
         if channels not in MODES and len(decoded.getbands()) != channels:
             bands = len(decoded.getbands())
-            raise UnreadableImage(f"has {bands} channels (mode {decoded.mode}), not model.in_channels={channels}")
+            raise UnreadableImage(arrays.other_channels(bands, channels, f" (mode {decoded.mode})"))
         if channels in MODES:
             decoded = _convert(decoded, MODES[channels])
             if nodata is None:

@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped."""
 
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import spark_me
 from spark_me.config import AnyConfig, Config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
+from spark_me.weights.files import require_weights
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
@@ -78,6 +80,59 @@ def checkpoint_of(
     }
 
 
+def checkpoint_size(state: TrainState, entries: Mapping[str, Any]) -> int:
+    """Bytes of a checkpoint, within a few percent, also before the optimizer has taken its first step."""
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    # LAMB and AdamW keep two averages of each.
+    return _bytes_of(state.model.state_dict()) + 2 * _bytes_of(parameters) + _bytes_of(entries)
+
+
+def _bytes_of(value: Any) -> int:
+    """Of all tensors in a nested container."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_bytes_of, value.values()))
+    return sum(map(_bytes_of, value)) if isinstance(value, list | tuple) else 0
+
+
+def require_space(folder: Path, size: int, *, keep_last: int, writes: int) -> str:
+    """Refuse a disk on which a run's checkpoints do not fit, before it begins.
+
+    Args:
+        folder: of the checkpoints; need not be there yet. What it holds of them is counted as theirs already.
+        size: bytes of one.
+        keep_last: how many are kept, besides the best one.
+        writes: how many the run will write.
+
+    Returns:
+        What they take, for people.
+
+    Raises:
+        UserError: if less is free than they take.
+    """
+    # While the newest is written, those before it and the best one are still there.
+    most = min(keep_last, max(writes, 1) - 1) + 2
+    there = sum(path.stat().st_size for path in [*list_checkpoints(folder), folder / BEST] if path.is_file())
+    needed = max(0, most * size - there) if writes else 0
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: {bytes_text(free)} are free, and the checkpoints of this run take {bytes_text(needed)} "
+            f"({most} of {bytes_text(size)}): free space, choose another run.dir, or lower run.keep_last={keep_last}"
+        )
+    return f"checkpoints of {bytes_text(size)} in {folder}, {bytes_text(most * size)} at most ({bytes_text(free)} free)"
+
+
+def bytes_text(number: float) -> str:
+    """A number of bytes for people: 455 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
+
+
 def write_checkpoint(folder: Path, content: dict[str, Any], *, keep_last: int, best: bool = False) -> Path:
     """Write `step_N.pt` atomically, then delete all but the newest `keep_last`; with `best`, write best.pt before.
 
@@ -104,6 +159,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """The number of steps in a checkpoint's name."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in a folder, oldest first; without the best."""
     return sorted(folder.glob("step_*.pt"))
@@ -116,17 +176,23 @@ def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
         UserError: if it is missing, truncated, or not written by this program.
     """
     try:
+        require_weights(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint: check the path") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
         # torch says the same in many ways and many lines.
         raise UserError(f"{path}: is truncated or no checkpoint: use an earlier checkpoint") from None
-    if not isinstance(content, dict) or content.get("format") != f"spark_me.{task}":
+    found = str(content.get("format", "")).removeprefix("spark_me.") if isinstance(content, dict) else ""
+    if found in (PRETRAIN, FINETUNE) and found != task:
+        raise UserError(f"{path}: is a checkpoint of `spark-me {found}`, where one of `spark-me {task}` is needed")
+    if found != task:
         raise UserError(f"{path}: is no checkpoint of spark-me {task}: give one from a run's checkpoints/ folder")
-    if content["format_version"] != FORMAT_VERSION:
-        found = content["format_version"]
-        raise UserError(f"{path}: has format {found}, this version reads {FORMAT_VERSION}: use the spark_me it is from")
+    version = content["format_version"]
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: has format {version}, this version reads {FORMAT_VERSION}: use the spark_me it is from"
+        )
     return content
 
 

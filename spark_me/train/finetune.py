@@ -37,8 +37,11 @@ def finetune(config: FinetuneConfig) -> bool:
         trainer = Trainer(task, config, run, device)
     resumed_from = trainer.resume()
     start = resumed_from or start_from(task.model, config)
-    if distributed.is_main():
-        say_beginning(task, trainer.schedule, start, trainer.state.step)
+    with distributed.agreed():
+        if distributed.is_main():
+            space = trainer.require_space()
+            say_beginning(task, trainer.schedule, start, trainer.state.step)
+            print(space, flush=True)
     complete = trainer.train()
     if distributed.is_main():
         if complete:

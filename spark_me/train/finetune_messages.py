@@ -3,7 +3,7 @@
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST
 from spark_me.train.finetuning import Finetuning
-from spark_me.train.messages import batch_text, command_text, length_text
+from spark_me.train.messages import batch_text, command_text, length_text, quoted
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import Schedule, describe_peak
@@ -42,7 +42,7 @@ def say_end(task: Finetuning, run: RunDirectory) -> None:
         f"{best[task.best_by]:.2%} at best (step {best['step']})"
     )
     print(f"look at   {run.loss_plot}")
-    print(f"curves    {command_text('tensorboard')} --logdir {run.tensorboard}")
-    best_checkpoint = run.checkpoints / BEST
-    print(f"next      {command_text('spark-me')} evaluate {run.config} --weights {best_checkpoint} --out {run.path}")
-    print(f"or        {command_text('spark-me')} predict {best_checkpoint} YOUR_PHOTO.jpg")
+    print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
+    weights, folder = quoted(run.checkpoints / BEST), quoted(run.path)
+    print(f"next      {command_text('spark-me')} evaluate {quoted(run.config)} --weights {weights} --out {folder}")
+    print(f"or        {command_text('spark-me')} predict {weights} YOUR_PHOTO.jpg")

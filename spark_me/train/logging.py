@@ -23,16 +23,25 @@ class RunLog:
     """Reports of the main process."""
 
     def __init__(
-        self, run: RunDirectory, *, steps: int, steps_per_epoch: int, first_step: int, log_every: int, workers: int
+        self,
+        run: RunDirectory,
+        *,
+        steps: int,
+        steps_per_epoch: int,
+        first_step: int,
+        log_every: int,
+        print_every: int,
+        workers: int,
     ) -> None:
         self.steps = steps
         self.steps_per_epoch = steps_per_epoch
         self.epochs = math.ceil(steps / steps_per_epoch)
         self.log_every = log_every
+        self.print_every = print_every
         self._metrics = MetricsFile(run.metrics, first_step)
         # Events of steps that a resumed run does again are hidden by the purge.
         self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
-        # A log file gets one line an epoch instead of a bar.
+        # What is no terminal, a file of a cluster's job for example, gets lines instead of a bar.
         self._bar = tqdm(
             total=steps,
             initial=first_step,
@@ -42,14 +51,23 @@ class RunLog:
             disable=not sys.stderr.isatty(),
         )
         self._rate = _Rate()
+        self._pace = _Pace(steps - first_step)
         self._wait = DataWait(workers)
 
     def step(self, step: int, values: dict[str, float], images: int) -> None:
         """Report a step: `step` done so far, its values by name, the images it took."""
         rate, data_wait = self._rate.add(images, values["data_wait"])
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f} · {rate:.0f} images/s", refresh=False)
+        state = f"loss {values['loss']:.4f} · {rate:.0f} images/s"
+        self._bar.set_postfix_str(state, refresh=False)
         self._bar.set_description_str(self._describe(step - 1), refresh=False)
         self._bar.update()
+        expected = self._pace.add()
+        if expected is not None:
+            self._bar.write(expected)
+        # The end of an epoch has a line of its own.
+        if self._bar.disable and step % self.print_every == 0 and step % self.steps_per_epoch and step != self.steps:
+            left = tqdm.format_interval(self._pace.seconds_left)
+            print(f"{self._describe(step - 1)} · step {step}/{self.steps} · {state} · {left} left", flush=True)
         slow = self._wait.add(values["data_wait"])
         if slow is not None:
             self._bar.write(f"spark-me: {slow}")
@@ -91,6 +109,50 @@ class RunLog:
         self._metrics.append({name: value if math.isfinite(value) else None for name, value in entry.items()})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+class _Pace:
+    """The time that steps take, and with it the time that is left."""
+
+    STEPS, SECONDS = 5, 10
+    """So much of it is measured before the expected time is said, whichever comes first."""
+    WORTH_SAYING = 30
+    """Seconds."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._done = -1  # the first step also starts the workers, and is not measured
+        self._said = False
+        self.seconds_left = 0.0
+
+    def add(self) -> str | None:
+        """Note that a step is over; return what there is to say of the time that is left, once."""
+        now = time.perf_counter()
+        self._done += 1
+        if self._done == 0:
+            self._start = now
+            return None
+        seconds = (now - self._start) / self._done
+        left = self._steps - self._done - 1
+        self.seconds_left = left * seconds
+        if self._said or (self._done < self.STEPS and now - self._start < self.SECONDS):
+            return None
+        self._said = True
+        if self.seconds_left < self.WORTH_SAYING:
+            return None
+        return f"expect {duration_text(self.seconds_left)}: {left} more steps of {seconds:.2g} s, and measuring between"
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people: 12 min, 3 h 20 min, 5 days 3 h."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // 1440} days {minutes % 1440 // 60} h"
 
 
 class _Rate:

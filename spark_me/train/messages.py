@@ -1,6 +1,7 @@
 """What a run prints at its beginning and at its end."""
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -8,13 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import spark_me
 from spark_me.config import AnyConfig, Config
 from spark_me.data.files import Files
 from spark_me.train import distributed
-from spark_me.train.checkpoint import list_checkpoints
+from spark_me.train.checkpoint import BEST, list_checkpoints
 from spark_me.train.metrics import read_metrics
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import Schedule, describe_peak
+from spark_me.weights.layouts import layout_names
 
 
 def say_beginning(
@@ -53,18 +56,29 @@ def say_stopped(config: AnyConfig, steps_done: int, checkpoint: Path) -> None:
     print(f"stopped as asked, {steps_done} steps done and saved in {checkpoint}: repeat the command{how} to go on")
 
 
-def say_end(run: RunDirectory) -> None:
+def say_end(config: Config, run: RunDirectory) -> None:
     """The result, where to look and what to run next."""
     measured = [entry["held_out_loss"] for entry in read_metrics(run.metrics) if "held_out_loss" in entry]
     if measured:
         print(f"held-out loss {measured[-1]:.4f} (predicting nothing scores 1.0)")
     pictures = [str(path) for path in (run.picture, run.loss_plot) if path.is_file()]
     print(f"look at   {'  '.join(pictures)}")
-    print(f"curves    {command_text('tensorboard')} --logdir {run.tensorboard}")
-    reconstruct = f"reconstruct {list_checkpoints(run.checkpoints)[-1]} YOUR_PHOTO.jpg --out photo.png"
-    print(f"try       {command_text('spark-me')} {reconstruct}")
-    own = "pretrain configs/pretrain/small.yaml data.root=/path/to/images run.dir=runs/mine"
-    print(f"next      {command_text('spark-me')} {own}")
+    print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
+    best = run.checkpoints / BEST
+    weights = quoted(best if best.is_file() else list_checkpoints(run.checkpoints)[-1])
+    image = "YOUR_PHOTO.jpg" if config.model.in_channels in (1, 3) else "YOUR_IMAGE.npy"
+    print(f"more      {command_text('spark-me')} reconstruct {weights} {image} --out photo.png")
+    encoder, layouts = config.model.encoder, layout_names(config.model.encoder)
+    if layouts:  # an encoder of one's own has its own names alone
+        layout = "torchvision" if "torchvision" in layouts else "timm"
+        print(f"weights   {command_text('spark-me')} convert {weights} {encoder}.safetensors --to {layout}")
+    if config.data.kind == "demo":
+        own = f"pretrain {configuration_text('pretrain')} data.root=/path/to/images run.dir=runs/mine"
+        print(f"next      {command_text('spark-me')} {own}")
+    elif layouts:
+        channels = "" if config.model.in_channels == 3 else f" model.in_channels={config.model.in_channels}"
+        own = f"finetune {configuration_text('finetune')} model.encoder={encoder}{channels} weights={weights}"
+        print(f"next      {command_text('spark-me')} {own} data.root=/path/above/train/and/val run.dir=runs/tuned")
 
 
 def length_text(config: AnyConfig, schedule: Schedule) -> str:
@@ -80,5 +94,19 @@ def batch_text(config: AnyConfig, processes: int) -> str:
 
 
 def command_text(name: str) -> str:
-    """How to call a command of this environment from here, activated or not."""
-    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
+    """How to call a command of this environment from here, activated or not; `spark-me` as it was called."""
+    script = Path(sys.argv[0])
+    if name == "spark-me" and script.suffix == ".py" and script.name != "__main__.py":  # one's own, with its encoder
+        return f"{command_text('python')} {quoted(script)}"
+    return name if shutil.which(name) else quoted(os.path.relpath(Path(sys.executable).with_name(name)))
+
+
+def configuration_text(task: str) -> str:
+    """Where the small configuration of a task lies, as seen from here."""
+    path = Path(spark_me.__file__).parents[1] / "configs" / task / "small.yaml"
+    return quoted(os.path.relpath(path)) if path.is_file() else f"configs/{task}/small.yaml"
+
+
+def quoted(path: str | Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))

@@ -32,11 +32,14 @@ def pretrain(config: Config) -> None:
     resumed_from = trainer.resume()
     if resumed_from is None and config.model.init_from is not None:
         start_from(config.model.init_from, task.model, config, run)
-    if distributed.is_main():
-        say_beginning(config, task.model, files, trainer.schedule, device, resumed_from, trainer.state.step)
+    with distributed.agreed():
+        if distributed.is_main():
+            space = trainer.require_space()
+            say_beginning(config, task.model, files, trainer.schedule, device, resumed_from, trainer.state.step)
+            print(space, flush=True)
     complete = trainer.train()
     if distributed.is_main():
         if complete:
-            say_end(run)
+            say_end(config, run)
         else:
             say_stopped(config, trainer.state.step, checkpoint_path(run.checkpoints, trainer.state.step))

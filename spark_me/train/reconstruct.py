@@ -16,6 +16,7 @@ from spark_me.data.reading import Item
 from spark_me.data.transforms import Crop, display_of, to_displayable
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
+from spark_me.files import check_output
 from spark_me.masking import draw_visible_of_samples, upsample_visible
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import config_of, load_model, read_checkpoint
@@ -48,6 +49,7 @@ def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, se
     Raises:
         UserError: if the checkpoint does not load, an image is unreadable or the picture cannot be written.
     """
+    check_output(out, checkpoint, *images)
     content = read_checkpoint(checkpoint)
     config = config_of(content, checkpoint)
     model = model_of(config)

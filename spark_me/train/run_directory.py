@@ -6,7 +6,7 @@ from typing import Any
 from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import check_output_folder, write_text, writing
-from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
+from spark_me.train.checkpoint import list_checkpoints, read_checkpoint, step_of
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
 # images step N sees.
@@ -86,7 +86,7 @@ class RunDirectory:
         fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
         if fixed:
             raise UserError(f"{path}: is of another run ({'; '.join(fixed)}): use its configuration for these keys")
-        newer = [other for other in list_checkpoints(self.checkpoints) if _step_of(other) > content["step"]]
+        newer = [other for other in list_checkpoints(self.checkpoints) if step_of(other) > content["step"]]
         if newer:
             raise UserError(f"{path}: run.dir holds newer ones, up to {newer[-1].name}: take another, or resume=auto")
         return path, content
@@ -101,7 +101,3 @@ class RunDirectory:
         if paths:
             raise UserError(f"{self.checkpoints}: none of {len(paths)} checkpoints loads: choose another run.dir")
         return None
-
-
-def _step_of(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))

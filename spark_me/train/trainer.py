@@ -14,7 +14,15 @@ from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.files import write_text
 from spark_me.train import distributed
-from spark_me.train.checkpoint import TrainState, checkpoint_of, restore
+from spark_me.train.checkpoint import (
+    TrainState,
+    checkpoint_of,
+    checkpoint_size,
+    list_checkpoints,
+    require_space,
+    restore,
+    step_of,
+)
 from spark_me.train.environment import describe_environment
 from spark_me.train.failures import named_failures
 from spark_me.train.logging import RunLog
@@ -74,18 +82,44 @@ class Trainer:
             self.task.restore(content, path)
         return str(path)
 
+    def require_space(self) -> str:
+        """Make sure that the checkpoints which are to come fit on the disk; return in words what they take.
+
+        Raises:
+            UserError: if they do not fit.
+        """
+        run, left = self.config.run, self.schedule.steps - self.state.step
+        writes = math.ceil(left / self.task.steps_per_epoch)
+        if run.checkpoint_every_steps is not None:
+            writes += left // run.checkpoint_every_steps
+        size = checkpoint_size(self.state, self.task.entries())
+        return require_space(self.run.checkpoints, size, keep_last=run.keep_last, writes=writes)
+
     def train(self) -> bool:
         """Do the steps that are left; False if a signal asked to stop before the last one.
 
         Raises:
             UserError: for whatever stops a run; its checkpoints stay.
+            KeyboardInterrupt: for a second Ctrl-C, saying what is lost.
         """
         self.writer = CheckpointWriter(self.run.checkpoints, self.config.run.keep_last)
-        with self._reports(), self.precision.products(), StopRequest() as stop, named_failures(), self.writer:
-            complete = self._take_steps(stop)
-            with distributed.agreed():
-                self.writer.wait()
+        stop_request = StopRequest(answer=distributed.is_main())
+        try:
+            with self._reports(), self.precision.products(), stop_request as stop, named_failures(), self.writer:
+                complete = self._take_steps(stop)
+                with distributed.agreed():
+                    self.writer.wait()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self._lost()) from None
         return complete
+
+    def _lost(self) -> str:
+        """What is gone when a run is broken off."""
+        saved = list_checkpoints(self.run.checkpoints)
+        lost = self.state.step - (step_of(saved[-1]) if saved else 0)
+        since = f"since {saved[-1]}" if saved else "since the beginning"
+        steps = f"{lost} step{'' if lost == 1 else 's'} {since} lost" if lost else f"nothing is lost {since}"
+        return f"{steps}; the same command goes on from there"
 
     @contextmanager
     def _reports(self) -> Iterator[None]:
@@ -101,6 +135,7 @@ class Trainer:
                     steps_per_epoch=self.task.steps_per_epoch,
                     first_step=self.state.step,
                     log_every=self.config.run.log_every_steps,
+                    print_every=self.config.run.print_every_steps,
                     workers=self.config.data.workers,
                 )
         try:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,10 +42,31 @@ def read_content(path: Path) -> Any:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    require_weights(path)
     if path.suffix == SAFETENSORS:
         load_file = _safetensors().load_file
         return _reading(path, lambda: load_file(path))
     return _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+
+
+def require_weights(path: Path) -> None:
+    """Refuse exported programs, which are no checkpoints.
+
+    Raises:
+        UserError: saying what the file is.
+    """
+    kind = None
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any("/code/" in name for name in names):
+            kind = "a TorchScript program"
+        elif any(name.endswith(("/archive_format", "/models/model.json")) for name in names):
+            kind = "a program of torch.export"
+    elif path.suffix == ".onnx":
+        kind = "an ONNX program"
+    if kind is not None:
+        raise UserError(f"{path}: is {kind}, no file of weights: give the checkpoint that it was exported from")
 
 
 def bare_state(content: Any, where: str) -> dict[str, Tensor]:
