@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
 def build_model(
     encoder: str,
     *,
-    image_size: tuple[int, int] = (224, 224),
+    image_size: int | tuple[int, int] = (224, 224),
     in_channels: int = 3,
     mask_ratio: float = 0.6,
     decoder_width: int = 512,
@@ -73,7 +73,7 @@ def build_model(
 
     Args:
         encoder: one of `list_encoders()`.
-        image_size: (H, W) in pixels, multiples of the encoder's total stride.
+        image_size: (H, W) in pixels, multiples of the encoder's total stride; a number for a square.
         in_channels: C of the images.
         mask_ratio: share of patches to hide, in (0, 1).
         decoder_width: channels of the decoder at its deepest scale.
@@ -92,4 +92,5 @@ def build_model(
     built = build_encoder(encoder, in_channels, drop_path)
     if not zero_init_residual:
         built.open_residuals()
-    return SparK(built, image_size, in_channels, mask_ratio, decoder_width, backend)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return SparK(built, size, in_channels, mask_ratio, decoder_width, backend)
