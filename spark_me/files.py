@@ -1,12 +1,18 @@
-"""Writing files so that a crash, a kill or a full disk leaves the previous content whole."""
+"""Writing files so that a crash, a kill or a full disk leaves the previous content whole, and where they may lie."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 from spark_me.errors import UserError
+
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, and what is written first beside a file has a longer name."""
+LONGEST_TEXT = 8192
+"""Characters of a text that a name is taken from: decoding may take as many rounds as it has characters."""
 
 
 @contextmanager
@@ -81,6 +87,50 @@ def check_output_folder(path: Path) -> None:
         raise UserError(f"{path}: {nearest} is a file, not a folder: choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the folder {nearest} is not writable: choose another place")
+
+
+def plain_name(text: str, suffixes: Collection[str] = ()) -> str:
+    """The name of a file, from a text that comes from outside: its last component, with nothing that leads elsewhere.
+
+    Whatever the text hides by percent-encoding is decoded first, however often it was encoded.
+
+    Args:
+        text: a path, the path of a URL, or a name.
+        suffixes: in lower case; the name must end in one of them, if any are given.
+
+    Raises:
+        UserError: if what is left is no name, hidden, too long, holds what cannot be printed, or has another suffix.
+    """
+    name = decoded = text[: LONGEST_TEXT + 1]
+    while (decoded := unquote(name)) != name:
+        name = decoded
+    name = name.replace("\\", "/").rpartition("/")[2]
+    if not name.strip(" ."):
+        problem = "it names no file"
+    elif name.startswith("."):
+        problem = "the name begins with a dot"
+    elif len(text) > LONGEST_TEXT or len(name.encode(errors="surrogateescape")) > LONGEST_NAME:
+        problem = "the name is too long"
+    elif not name.isprintable():
+        problem = "the name holds characters that cannot be printed"
+    elif suffixes and not name.lower().endswith(tuple(suffixes)):
+        problem = f"the name does not end in {' or '.join(suffixes)}"
+    else:
+        return name
+    raise UserError(f"{text}: cannot be the name of a file ({problem}): give the file a plain name")
+
+
+def file_in(folder: Path, text: str, suffixes: Collection[str] = ()) -> Path:
+    """The place in a folder for a file whose name comes from outside.
+
+    Raises:
+        UserError: as `plain_name`.
+    """
+    path = folder / plain_name(text, suffixes)
+    # Never true by now; what is written here may be code elsewhere, so it is asked of the path itself, too.
+    if os.path.dirname(os.path.abspath(path)) != os.path.abspath(folder):
+        raise UserError(f"{text}: would lie outside {folder}: give the file a plain name")
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

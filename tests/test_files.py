@@ -3,11 +3,20 @@
 import errno
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, check_output, check_output_folder, write_text, writing
+from spark_me.files import (
+    atomic_write,
+    check_output,
+    check_output_folder,
+    file_in,
+    plain_name,
+    write_text,
+    writing,
+)
 
 
 def test_replaces_the_content_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -83,3 +92,61 @@ def test_folder_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         check_output_folder(tmp_path / "new")
     with pytest.raises(UserError, match=f"the folder {tmp_path} is not writable"):
         check_output(tmp_path / "new.pt")
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("weights.pth", "weights.pth"),
+        ("/a/b/two words-é.pth", "two words-é.pth"),
+        ("/a/b/100%25.pth", "100%.pth"),
+        ("/a/..%2F..%2F.local%2Flib%2Fpython3.11%2Fsite-packages%2Fname.pth", "name.pth"),
+        ("/a/..%252F..%252Fname.pth", "name.pth"),
+        ("/a/%25252e%25252e%25252fname.pth", "name.pth"),
+        ("/a/..\\..\\name.pth", "name.pth"),
+        ("/a/..%5C..%255Cname.pth", "name.pth"),
+        ("C:\\models\\name.PTH", "name.PTH"),
+        ("x" * 196 + ".pth", "x" * 196 + ".pth"),
+    ],
+)
+def test_names_from_outside_become_plain_ones(tmp_path: Path, text: str, name: str) -> None:
+    assert plain_name(text, (".pth",)) == name
+    assert file_in(tmp_path, text, (".pth",)) == tmp_path / name
+
+
+@pytest.mark.parametrize("encode", [lambda text: text, quote, lambda text: quote(quote(text))])
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("", "names no file"),
+        (".", "names no file"),
+        ("/a/..", "names no file"),
+        ("/a/ .. ", "names no file"),
+        ("/a/b.pth/", "names no file"),
+        ("..\\", "names no file"),
+        (".pth", "begins with a dot"),
+        ("/a/.bashrc.pth", "begins with a dot"),
+        ("a\0.pth", "cannot be printed"),
+        ("a\nb.pth", "cannot be printed"),
+        ("a\x1b[2Jb.pth", "cannot be printed"),
+        ("a\x9bb.pth", "cannot be printed"),
+        ("a\u202eb.pth", "cannot be printed"),
+        ("x" * 197 + ".pth", "too long"),
+        ("é" * 100 + ".pth", "too long"),
+        ("/a/b.sh", "does not end in .pth or .pt$"),
+        ("/a/b.pth.sh", "does not end in"),
+        ("/a/pth", "does not end in"),
+    ],
+)
+def test_names_from_outside_that_are_refused(tmp_path: Path, text: str, problem: str, encode) -> None:
+    problem = problem.removesuffix("$") + (r"\)" if problem.endswith("$") else "")
+    for function in (plain_name, lambda *arguments: file_in(tmp_path, *arguments)):
+        with pytest.raises(UserError, match=f"cannot be the name of a file .*{problem}"):
+            function(encode(text), (".pth", ".pt"))
+
+
+def test_endless_decoding_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match="too long"):
+        plain_name("%25" * 1_000_000 + "2F.pth")
+    with pytest.raises(UserError, match="too long"):
+        plain_name("%" + "25" * 1_000_000 + "2F.pth")

@@ -1,13 +1,12 @@
 """Models by name, with files served from this machine."""
 
 import hashlib
-import http.server
-import threading
 
 import pytest
 import torch
 import torchvision
 from checkpoints import assert_bitwise, random_like
+from file_server import serving
 
 import spark_me
 from spark_me.weights import models
@@ -16,42 +15,10 @@ from spark_me.weights.files import read_state
 CLASSIFIER = "resnet50_spark-pre_300e_in1k"
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` (name → bytes); `promised` bytes in the header cut a download off."""
-
-    def __init__(self):
-        self.files, self.promised, self.requests = {}, None, 0
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    def url(self, name):
-        return f"http://127.0.0.1:{self.server_port}/{name}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests += 1
-        body = self.server.files.get(self.path.lstrip("/"))
-        if body is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(self.server.promised or len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import re
 import tempfile
 from pathlib import Path
 from urllib.error import URLError
-from urllib.parse import unquote, urlparse
+from urllib.parse import urlparse
 
 import torch
 
 from spark_me.errors import UserError
-from spark_me.weights.files import read_state, sha256_of
+from spark_me.files import file_in
+from spark_me.weights.files import SUFFIXES, read_state, sha256_of
 
 # As torch.hub: the digits between the last dash and the suffix start the file's SHA-256.
 HASH_PREFIX = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")
@@ -25,7 +26,7 @@ def local_file(source: str | os.PathLike[str]) -> Path:
     """
     if not (isinstance(source, str) and is_url(source)):
         return Path(source)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / unquote(Path(urlparse(source).path).name)
+    path = file_in(Path(torch.hub.get_dir()) / "checkpoints", urlparse(source).path, SUFFIXES)
     match = HASH_PREFIX.search(path.name)
     prefix = match[1] if match else None
     if not path.is_file():
