@@ -13,7 +13,7 @@ from spark_me.cli_finetune import add_finetune
 from spark_me.cli_grammar import Parser, PrintVersions, add_configuration, configuration, parse
 from spark_me.cli_inference import add_inference
 from spark_me.cli_schedule import add_schedule
-from spark_me.errors import UserError, install_text
+from spark_me.errors import UserError, install_text, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"spark-me: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interruption:
-        print(": ".join(["spark-me: interrupted", *map(str, interruption.args)]), file=sys.stderr)
+        print(printable(": ".join(["spark-me: interrupted", *map(str, interruption.args)])), file=sys.stderr)
         return 130
 
 
@@ -102,7 +102,7 @@ def _convert(args: argparse.Namespace) -> None:
     from spark_me.weights.convert import convert
 
     done = convert(args.source, args.destination, args.to, args.encoder)
-    print(f"{args.destination}: {done.encoder} from {done.source_layout} to {done.layout} layout")
+    print(f"{printable(str(args.destination))}: {done.encoder} from {done.source_layout} to {done.layout} layout")
     for note in done.notes:
         print(f"note: {note}")
 

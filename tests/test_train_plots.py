@@ -11,17 +11,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torch import Tensor
 
+from spark_me.errors import printable
 from spark_me.train.plots import (
     HIDDEN_COLOUR,
-    LONGEST_NAME,
     NODATA_COLOUR,
     UNPREDICTED_COLOUR,
     Row,
     plot_loss,
     plot_reconstruction,
-    printable,
     reconstruction_figure,
-    shorten,
 )
 
 KEYS = {
@@ -134,17 +132,6 @@ def test_nothing_overlaps(shape: tuple[int, int], rows: int, name: str) -> None:
     for axes in figure.axes:  # pixels are squares
         box = axes.get_window_extent()
         assert box.height / box.width == pytest.approx(shape[0] / shape[1])
-
-
-def test_long_names_keep_both_ends() -> None:
-    for length in (LONGEST_NAME - 1, LONGEST_NAME):
-        assert shorten("x" * length, LONGEST_NAME) == "x" * length
-    name = "".join(chr(ord("a") + number % 26) for number in range(200)) + ".png"
-    for longest in (47, 48):
-        short = shorten(name, longest)
-        begin, end = short.split("…")
-        assert len(short) == longest and abs(len(begin) - len(end)) <= 1
-        assert name.startswith(begin) and name.endswith(end)
 
 
 @pytest.mark.filterwarnings("error::UserWarning")

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from spark_me.errors import shown
 from spark_me.files import atomic_write
 
 TRAIN_COLOUR, HELD_OUT_COLOUR = "tab:blue", "tab:orange"
@@ -113,7 +114,7 @@ def reconstruction_figure(rows: Sequence[Row], title: str, notes: Sequence[str])
     y += LINE
     for row in rows:
         y += GAP
-        write(MARGIN, y + LINE / 2, printable(shorten(row.name, LONGEST_NAME)), ha="left")
+        write(MARGIN, y + LINE / 2, shown(row.name, LONGEST_NAME), ha="left")
         write(page[0] - MARGIN, y + LINE / 2, f"loss {row.loss:.4f}", ha="right")
         y += LINE + side
         for left, image in zip(lefts, paint(row)):
@@ -144,19 +145,6 @@ def paint(row: Row) -> tuple[Tensor, Tensor, Tensor]:
         fill(known, row.predicted, HIDDEN_COLOUR),
         torch.where(row.predicted, prediction, known),
     )
-
-
-def shorten(text: str, longest: int) -> str:
-    """Cut a text in its middle: file names differ at their ends."""
-    if len(text) <= longest:
-        return text
-    kept = longest - 1
-    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
-
-
-def printable(text: str) -> str:
-    """A file's name may hold line breaks, and bytes that are no text."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def _colours_in(rows: Sequence[Row]) -> dict[str, Colour]:

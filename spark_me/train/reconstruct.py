@@ -15,12 +15,12 @@ from spark_me.data.loaders import held_out_dataset
 from spark_me.data.reading import Item
 from spark_me.data.transforms import Crop, display_of, to_displayable
 from spark_me.data.unreadable import UnreadableImage
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable, shown
 from spark_me.files import check_output
 from spark_me.masking import draw_visible_of_samples, upsample_visible
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import config_of, load_model, read_checkpoint
-from spark_me.train.plots import LONGEST_NAME, Row, plot_reconstruction, printable, shorten
+from spark_me.train.plots import LONGEST_NAME, Row, plot_reconstruction
 
 NOTES = (
     "Loss: squared error of normalised hidden pixels under the mask that is shown; predicting nothing scores 1.0.",
@@ -144,7 +144,7 @@ def draw_reconstruction(
             [_without_data(subject.crop) for subject in subjects],
         )
     ]
-    encoder, mean = shorten(config.model.encoder, LONGEST_NAME), sum(losses) / len(losses)
+    encoder, mean = shown(config.model.encoder, LONGEST_NAME), sum(losses) / len(losses)
     title = f"{encoder}, step {step}, mask ratio {model.mask_ratio:g}: mean loss {mean:.4f}"
     caption = display_of(config.data, config.model.in_channels).caption
     plot_reconstruction(rows, title, [f"Shown: {caption}.", *NOTES] if caption else NOTES, path)
