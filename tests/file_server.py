@@ -55,7 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving() -> Iterator[Server]:
     """A running server."""
     server = Server()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server
