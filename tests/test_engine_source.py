@@ -76,6 +76,21 @@ def test_a_tampered_download_is_refused_and_leaves_nothing(index, tmp_path):
     assert list((tmp_path / "cache" / "source").iterdir()) == []
 
 
+def test_a_download_of_another_size_ends_there(index, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(source, "ARCHIVE_BYTES", len(GENUINE))
+    monkeypatch.setattr(
+        source._AtMost, "update", lambda self, n, update=source._AtMost.update: read.append(n) or update(self, n)
+    )
+    index.served = GENUINE + b"x" * 30_000_000
+    with pytest.raises(
+        EngineError, match="larger than the MinkowskiEngine 0.5.4 that spark_me builds; nothing was kept"
+    ):
+        source.get_archive()
+    assert sum(read) < 1_000_000
+    assert list((tmp_path / "cache" / "source").iterdir()) == []
+
+
 def test_a_damaged_cached_archive_is_fetched_again(index):
     archive = source.get_archive()
     archive.write_bytes(GENUINE[:100])

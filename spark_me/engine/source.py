@@ -14,6 +14,7 @@ from spark_me.engine.cache import make_dir
 from spark_me.errors import EngineError
 
 ARCHIVE_NAME = f"{ENGINE_NAME}-{ENGINE_VERSION}.tar.gz"
+ARCHIVE_BYTES = 246_705
 ARCHIVE_SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
 
 
@@ -98,12 +99,34 @@ def _fetch(destination: Path) -> None:
                     f"the package index offers no {ARCHIVE_NAME}: get it elsewhere and pass --source FILE"
                 )
             # Our own pinned digest is checked afterwards, whatever the index claims.
-            client.download_package(packages[0], destination, verify=False, timeout=60)
+            client.download_package(packages[0], destination, verify=False, timeout=60, progress=_AtMost)
     except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError) as error:
         raise EngineError(
             f"{ARCHIVE_NAME} cannot be downloaded ({type(error).__name__}): check the network or PIP_INDEX_URL, "
             "or pass --source FILE"
         ) from error
+
+
+class _AtMost:
+    """Ends a download that is larger than the archive, which is of one size: a server may send for ever."""
+
+    def __init__(self, announced: int | None) -> None:
+        self._received = 0
+
+    def __enter__(self) -> "_AtMost":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self, received: int) -> None:
+        """Note that so many more bytes have come."""
+        self._received += received
+        if self._received > ARCHIVE_BYTES:
+            raise EngineError(
+                f"the downloaded {ARCHIVE_NAME} is larger than the {ENGINE_NAME} {ENGINE_VERSION} that spark_me "
+                "builds; nothing was kept: check PIP_INDEX_URL, or pass --source FILE"
+            )
 
 
 def _check(archive: Path, what: str) -> None:
