@@ -1,6 +1,7 @@
 """The `spark-me` command: parsing only; each subcommand imports what it needs when it runs."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"{error.filename or error}: permission denied: choose another place, or change its mode"
             ) from None
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            raise UserError(f"{error.filename}: the name is too long: choose a shorter one") from None
     except UserError as error:
         print(f"spark-me: error: {error}", file=sys.stderr)
         return error.exit_code

@@ -156,7 +156,7 @@ def _read_yaml(path: Path) -> DictConfig:
 def _parse_yaml(text: str, source: str) -> DictConfig:
     try:
         layer = OmegaConf.create(text)  # by yaml's safe loader, without duplicate keys, with 1e-3 as a number
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a number of 5000 digits
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{place}: no valid YAML: {getattr(error, 'problem', error)}: correct that line") from None

@@ -1,5 +1,6 @@
 """Writing files so that a crash, a kill or a full disk leaves the previous content whole, and where they may lie."""
 
+import errno
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -87,6 +88,16 @@ def check_output_folder(path: Path) -> None:
         raise UserError(f"{path}: {nearest} is a file, not a folder: choose another place")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{path}: the folder {nearest} is not writable: choose another place")
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file; a name that is too long for any is none."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def plain_name(text: str, suffixes: Collection[str] = ()) -> str:

@@ -13,6 +13,7 @@ from spark_me.files import (
     check_output,
     check_output_folder,
     file_in,
+    is_file,
     plain_name,
     write_text,
     writing,
@@ -143,6 +144,11 @@ def test_names_from_outside_that_are_refused(tmp_path: Path, text: str, problem:
     for function in (plain_name, lambda *arguments: file_in(tmp_path, *arguments)):
         with pytest.raises(UserError, match=f"cannot be the name of a file .*{problem}"):
             function(encode(text), (".pth", ".pt"))
+
+
+def test_names_too_long_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    assert is_file(tmp_path / "a") and not is_file(tmp_path) and not is_file(tmp_path / ("x" * 5000))
 
 
 def test_endless_decoding_is_refused_at_once() -> None:

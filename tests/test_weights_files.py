@@ -24,6 +24,13 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+def nested(depth):
+    content = some_state()
+    for _ in range(depth):
+        content = {"model": content}
+    return content
+
+
 def some_state():
     return {"a.weight": torch.randn(3, 2).t(), "a.num_batches_tracked": torch.tensor(3), "b": torch.randn(2).double()}
 
@@ -68,6 +75,10 @@ def test_foreign_files_have_no_card(tmp_path):
 def test_wrappers_of_wrappers_and_other_entries():
     state = some_state()
     assert bare_state({"model": {"module": state}, "rng": torch.zeros(2)}, "x").keys() == state.keys()
+    endless = {}
+    endless["model"] = endless
+    with pytest.raises(UserError, match="holds no state dict"):
+        bare_state(endless, "x")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +86,10 @@ def test_wrappers_of_wrappers_and_other_entries():
     [
         ({"epoch": 3, "model": None}, "x: holds no state dict, neither bare nor under state_dict, model, module"),
         ([1, 2], "holds no state dict"),
-        ({"a": torch.zeros(1), "note": "hello"}, "entries among its tensors that are none: note"),
+        ({"a": torch.zeros(1), "note": "hello"}, "entries among its tensors that are none, or have no name: note"),
+        ({"a": torch.zeros(1), 7: torch.zeros(1)}, "entries among its tensors that are none, or have no name: 7"),
+        ({"model": {"model": None}}, "holds no state dict"),
+        (nested(9), "holds no state dict"),
     ],
 )
 def test_contents_without_a_state_dict_are_refused(content, problem):

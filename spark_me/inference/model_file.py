@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spark_me.config_data import INTERPOLATIONS, STATISTICS, DataConfig
 from spark_me.data.transforms import CentreCrop
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
-from spark_me.errors import UserError, install_text
+from spark_me.errors import UserError, install_text, shown
 from spark_me.inference.view import View, crop_view, recipe_view
 from spark_me.weights.architectures import FAMILY_OF
 from spark_me.weights.canonical import Weights, from_canonical, part_of, to_canonical
@@ -20,6 +20,8 @@ from spark_me.weights.download import is_url, local_file
 from spark_me.weights.files import bare_state, read_content
 from spark_me.weights.models import PUBLISHED, build_network, list_models
 
+LARGEST_SIDE = 1 << 14
+"""Pixels of a test image's side: no network is trained on more, and they must fit into the memory."""
 OURS = "spark_me."
 """How the format of the trainer's checkpoints begins. Of each version, what is needed is checked by itself."""
 
@@ -92,7 +94,7 @@ def _address(source: str | os.PathLike[str]) -> str:
     name = str(source)
     if name in PUBLISHED:
         return PUBLISHED[name].url
-    if is_url(name) or Path(name).exists() or Path(name).suffix or os.sep in name:
+    if is_url(name) or os.path.exists(name) or Path(name).suffix or os.sep in name:
         return name  # reading says what is wrong with it
     if name in list_models():
         raise UserError(
@@ -115,6 +117,8 @@ def _class_names(content: Mapping[str, Any], weights: Weights, where: str) -> li
     classes, classifier = content.get("classes"), weights.tensors.get("fc.weight")
     if classes is None or classifier is None:
         return None
+    if not isinstance(classes, list | tuple):
+        raise UserError(f"{where}: holds no list of class names: use an earlier checkpoint")
     if len(classes) != len(classifier):
         raise UserError(f"{where}: names {len(classes)} classes, its classifier has {len(classifier)}: fine-tune again")
     return [str(name) for name in classes]
@@ -134,7 +138,7 @@ def _parse(config: Any, where: str) -> Mapping[str, Any]:
         raise UserError(f"{where}: its configuration needs PyYAML: {install_text('inference')}") from None
     try:
         parsed = yaml.safe_load(config)
-    except (yaml.YAMLError, AttributeError):
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError):  # no text, a 99th of May, a deep nest
         parsed = None
     if not isinstance(parsed, Mapping) or not all(isinstance(parsed.get(key), Mapping) for key in ("model", "data")):
         raise UserError(f"{where}: holds no configuration that can be read: use an earlier checkpoint")
@@ -146,16 +150,26 @@ def _configured_view(config: Mapping[str, Any], channels: int, where: str) -> Vi
     model, data = config["model"], config["data"]
     options = {key: data[key] for key in ("interpolation", "mean", "std", "nodata") if data.get(key) is not None}
     settings = DataConfig(**options)
-    if settings.interpolation not in INTERPOLATIONS:
+    if not isinstance(settings.interpolation, str) or settings.interpolation not in INTERPOLATIONS:
         raise UserError(
-            f"{where}: data.interpolation={settings.interpolation} is not known: use the spark_me it is from"
+            f"{where}: data.interpolation={shown(settings.interpolation)} is not known: use the spark_me it is from"
         )
+    if not _are_numbers([0 if settings.nodata is None else settings.nodata], 1):
+        raise UserError(f"{where}: data.nodata={shown(settings.nodata)} is no number: use another checkpoint")
     statistics = [values or STATISTICS.get(channels, ((), ()))[0] for values in (settings.mean, settings.std)]
-    if any(len(values) != channels for values in statistics):
+    if not all(_are_numbers(values, channels) for values in statistics):
         raise UserError(f"{where}: data.mean and data.std are not of its {channels} channels: use another checkpoint")
     resize, crop, size = data.get("test_resize"), data.get("test_crop"), model.get("image_size")
-    if isinstance(resize, int) and isinstance(crop, int):
+    if _are_sides([resize, crop]):
         return crop_view(settings, channels, resize, crop)
-    if isinstance(size, list) and len(size) == 2:
+    if _are_sides(size):
         return View(channels, settings, (size[0], size[1]), CentreCrop(size, settings.interpolation))
     raise UserError(f"{where}: says neither data.test_crop nor model.image_size: use the spark_me it is from")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return isinstance(values, list) and len(values) == count and all(isinstance(value, int | float) for value in values)
+
+
+def _are_sides(values: Any) -> bool:
+    return _are_numbers(values, 2) and all(isinstance(value, int) and 0 < value <= LARGEST_SIDE for value in values)

@@ -10,7 +10,8 @@ from torch import nn
 from spark_me.config import AnyConfig, parse_config
 from spark_me.config_data import statistics_of
 from spark_me.config_finetune import SCRATCH, FinetuneConfig
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
+from spark_me.files import is_file
 from spark_me.train import distributed
 from spark_me.train.checkpoint import FINETUNE, PRETRAIN
 from spark_me.train.run_directory import RunDirectory
@@ -36,7 +37,7 @@ def start_from(network: nn.Module, config: FinetuneConfig) -> str:
         encoder = build_network(config.model.encoder, None, config.model.in_channels)
         loaded = load_weights(encoder, path)
         network.load_state_dict(encoder.state_dict(), strict=False)
-    return f"the encoder in {config.weights} ({loaded.layout} layout) and a new classifier"
+    return f"the encoder in {printable(config.weights)} ({loaded.layout} layout) and a new classifier"
 
 
 SEEN = ("train_crop", "test_resize", "test_crop", "mean", "std")
@@ -91,7 +92,7 @@ def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirect
                 f"model.in_channels={len(values)}"
             )
     if distributed.is_main() and not goes_on:
-        like = f"as {path} was trained on" if found else "with ImageNet's mean and deviation"
+        like = f"as {printable(str(path))} was trained on" if found else "with ImageNet's mean and deviation"
         print(f"images of {data.train_crop} pixels, tested on {data.test_crop}, {like} unless told otherwise")
 
 
@@ -103,11 +104,14 @@ def _trained_on(path: Path | None) -> dict[str, Any]:
     """What a checkpoint of spark_me was trained on; empty for any other file and for none."""
     content = {} if path is None else read_content(path)
     task = content.get("format") if isinstance(content, Mapping) else None
-    if task == f"spark_me.{FINETUNE}":
-        return _settings_of(parse_config(content["config"], str(path), FinetuneConfig))
-    if task != f"spark_me.{PRETRAIN}":
+    if task not in (f"spark_me.{FINETUNE}", f"spark_me.{PRETRAIN}"):
         return {}
-    config = parse_config(content["config"], str(path))
+    text = content.get("config")
+    if not isinstance(text, str):
+        raise UserError(f"{path}: holds no configuration that can be read: use an earlier checkpoint")
+    if task == f"spark_me.{FINETUNE}":
+        return _settings_of(parse_config(text, str(path), FinetuneConfig))
+    config = parse_config(text, str(path))
     height, width = config.model.image_size
     # Fine-tuning takes squares: of as many pixels.
     return {"train_crop": round(math.sqrt(height * width)), "mean": config.data.mean, "std": config.data.std}
@@ -134,7 +138,7 @@ def _find(source: str, key: str) -> Path:
     if source in PUBLISHED:
         return local_file(PUBLISHED[source].url)
     path = local_file(source)
-    if not is_url(source) and not path.is_file():
+    if not is_url(source) and not is_file(path):
         if path.suffix or path.parent.name:
             raise UserError(f"{key}{source}: no such file: check the path")
         raise UserError(

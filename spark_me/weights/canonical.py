@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 from spark_me.weights.architectures import FAMILY_OF, IMAGE_TENSORS, encoder_tensors, model_tensors
 from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
 from spark_me.weights.layout_rules import Layout
@@ -147,7 +147,7 @@ def _canonical_names(state: Mapping[str, Tensor], layout: Layout, where: str) ->
         if key not in layout.unused:
             first = keys.setdefault(layout.to_canonical(key), key)
             if first != key:
-                raise UserError(f"{where}: {first} and {key} are the same tensor: remove one of them")
+                raise UserError(f"{where}: {shown(first)} and {shown(key)} are the same tensor: remove one of them")
     return keys
 
 

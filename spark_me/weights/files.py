@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark_me.errors import UserError
-from spark_me.files import atomic_write, check_output
+from spark_me.errors import UserError, shown
+from spark_me.files import atomic_write, check_output, is_file
 from spark_me.weights.layout_rules import Layout
 from spark_me.weights.layouts import WRAPPERS
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", SAFETENSORS)
+DEEPEST = 8
+"""Entries that are looked for within each other; a file may hold one that holds itself."""
 CARD = "spark_me"
 """Where a .pth file keeps its model card."""
 
@@ -40,7 +42,7 @@ def read_content(path: Path) -> Any:
     Raises:
         UserError: as `read_state`, but for any plain content.
     """
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"{path}: no such file")
     require_weights(path)
     if path.suffix == SAFETENSORS:
@@ -76,14 +78,16 @@ def bare_state(content: Any, where: str) -> dict[str, Tensor]:
         UserError: if there is none.
     """
     # The known entries come first: a trainer may keep other tensors beside its model's.
-    while isinstance(content, Mapping):
+    depth = 0
+    while isinstance(content, Mapping) and depth < DEEPEST:
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None and any(isinstance(value, Tensor) for value in content.values()):
-            others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+            others = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
             if others:
-                raise UserError(f"{where}: entries among its tensors that are none: {', '.join(others[:12])}")
+                names = ", ".join(map(shown, others[:12]))
+                raise UserError(f"{where}: entries among its tensors that are none, or have no name: {names}")
             return dict(content)
-        content = inner
+        content, depth = inner, depth + 1
     raise UserError(f"{where}: holds no state dict, neither bare nor under {', '.join(WRAPPERS)}")
 
 
@@ -155,7 +159,7 @@ def _reading(path: Path, load: Callable[[], Any]) -> Any:
         return load()
     except pickle.UnpicklingError as error:
         names = re.search(r"GLOBAL (\S+)", str(error))
-        wants = f"loading it would run {names[1]}" if names else "it is damaged, or loading it would run code"
+        wants = f"loading it would run {shown(names[1])}" if names else "it is damaged, or loading it would run code"
         raise UserError(
             f"{path}: refused, not plain tensors ({wants}): ask its author for a plain state dict or .safetensors"
         ) from error

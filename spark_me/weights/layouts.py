@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 from spark_me.weights.convnext_tables import CONVNEXT_LAYOUTS
 from spark_me.weights.layout_rules import Layout
 from spark_me.weights.resnet_tables import RESNET_LAYOUTS
@@ -28,9 +28,9 @@ def detect_layout(keys: Iterable[str], where: str) -> Layout:
     for layout in sorted(LAYOUTS, key=lambda layout: not layout.sparse):
         if any(key.startswith(layout.signature) for key in keys):
             return layout
-    shown = ", ".join(keys[:4]) or "none"
+    first = ", ".join(map(shown, keys[:4])) or "none"
     raise UserError(
-        f"{where}: its tensors follow no known layout (first keys: {shown}): "
+        f"{where}: its tensors follow no known layout (first keys: {first}): "
         f"spark_me reads {', '.join(layout_names())} checkpoints of ResNets and ConvNeXts"
     )
 

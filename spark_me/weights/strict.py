@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 from spark_me.weights.architectures import IMAGE_TENSORS
 from spark_me.weights.rows import Shape
 
@@ -59,12 +59,12 @@ def check_tensors(
     missing = [label(name) for name in needed if name not in found]
     unexpected = [label(name) for name in found if name not in needed]
     mismatched = {name: (found[name], needed[name]) for name in needed if found.get(name, needed[name]) != needed[name]}
-    shapes = [f"{label(name)} is {show(a)}, needed is {show(b)}" for name, (a, b) in mismatched.items()]
+    shapes = [f"{shown(label(name))} is {show(a)}, needed is {show(b)}" for name, (a, b) in mismatched.items()]
     problems = [
         f"{len(items)} {what}: {_listed(items, separator)}"
         for what, items, separator in (
-            ("missing", missing, ", "),
-            ("unexpected", unexpected, ", "),
+            ("missing", [*map(shown, missing)], ", "),
+            ("unexpected", [*map(shown, unexpected)], ", "),
             ("of another shape", shapes, "; "),
         )
         if items
@@ -79,7 +79,7 @@ def check_tensors(
 
 def show(shape: Shape) -> str:
     """A shape for people: 64×3×7×7."""
-    return "×".join(map(str, shape)) or "a scalar"
+    return shown("×".join(map(str, shape))) or "a scalar"
 
 
 def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]]) -> list[str]:

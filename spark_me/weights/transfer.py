@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
 from spark_me.weights.canonical import OPTIONAL_PARTS, Weights, from_canonical, part_of, to_canonical
 from spark_me.weights.download import local_file
 from spark_me.weights.files import bare_state, read_state
@@ -62,7 +62,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
             target[key] = weight_to_kernel(tensor, shape) if key.endswith(KERNEL) else tensor.reshape(shape)
     model.load_state_dict(target, strict=True)
     for note in notes:
-        _log.warning("%s: %s", where, note)
+        _log.warning("%s: %s", printable(where), note)
     return Loaded(weights.encoder, weights.layout, notes)
 
 
