@@ -13,6 +13,7 @@ from spark_me.data.files import find_files
 from spark_me.data.reading import Item, decode, to_picture
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
+from spark_me.errors import printable
 from spark_me.files import check_output, write_text
 
 COMMONEST = 5
@@ -49,11 +50,11 @@ def check(config: Config, out: Path | None) -> int:
         if len(images):
             found += visit(images, function, workers=config.data.workers, what="checking")
     unreadable = sorted((image.name, image.reason) for image in found if image.reason is not None)
-    lines = "".join(f"{name}\t{reason}\n" for name, reason in unreadable)
     if out is None:
-        print(lines, end="")
+        for name, reason in unreadable:
+            print(f"{printable(name)}\t{printable(reason)}")
     else:
-        write_text(out, lines)
+        write_text(out, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
     print(_summary([image for image in found if image.reason is None], len(unreadable)))
     return 1 if unreadable else 0
 

@@ -11,7 +11,7 @@ from spark_me.engine.record import installed_record, record_of
 from spark_me.engine.source import ARCHIVE_NAME
 from spark_me.engine.target import find_target
 from spark_me.engine.toolchain import compiler_version, find_compiler, parallel_jobs
-from spark_me.errors import EngineError
+from spark_me.errors import EngineError, printable
 
 
 def print_info() -> None:
@@ -19,7 +19,7 @@ def print_info() -> None:
     for title, facts in (("installed", _installed()), ("cached", _cached()), ("a build would use", _planned())):
         print(f"{title}:")
         for name, value in facts:
-            print(f"  {name:<12} {value}")
+            print(f"  {name:<12} {printable(value)}")
 
 
 def _installed() -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from spark_me.data.files import walk
 from spark_me.data.reading import EXTENSIONS, Item
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
 from spark_me.inference.view import View
 
 
@@ -91,7 +91,7 @@ def report(unreadable: Sequence[tuple[Path, str]]) -> int:
         The exit code: 1 if there are any, else 0.
     """
     for path, reason in unreadable:
-        print(f"{path}: unreadable ({reason}), left out", file=sys.stderr)
+        print(printable(f"{path}: unreadable ({reason}), left out"), file=sys.stderr)
     return 1 if unreadable else 0
 
 

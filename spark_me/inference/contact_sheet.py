@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2.functional import to_pil_image
 
 from spark_me.data.transforms import to_displayable
+from spark_me.errors import shown
 from spark_me.files import atomic_write
 from spark_me.inference.view import View
 
@@ -28,16 +29,17 @@ def draw_sheet(paths: Sequence[Path], captions: Sequence[str], view: View, out: 
     Raises:
         UserError: if it cannot be written.
     """
-    shown = list(zip(paths, captions))[:MOST]
+    cells = list(zip(paths, captions))[:MOST]
     height, width = view.size[0], max(view.size[1], CAPTION_WIDTH)
-    columns = min(COLUMNS, len(shown))
+    columns = min(COLUMNS, len(cells))
     cell = (width + MARGIN, height + CAPTION_HEIGHT + MARGIN)
-    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, ceil(len(shown) / columns) * cell[1] + MARGIN), "white")
+    sheet = Image.new("RGB", (columns * cell[0] + MARGIN, ceil(len(cells) / columns) * cell[1] + MARGIN), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default()
-    for place, (path, caption) in enumerate(shown):
+    for place, (path, caption) in enumerate(cells):
         left, top = MARGIN + place % columns * cell[0], MARGIN + place // columns * cell[1]
         crop = to_displayable(view.read(path)[None], view.data)[0]
         sheet.paste(to_pil_image(crop).convert("RGB"), (left, top))
+        caption = shown(caption)  # Pillow cannot measure several lines
         while caption and draw.textlength(caption, font) > width:
             caption = caption[:-1]
         draw.text((left, top + height + 2), caption, "black", font)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.config_data import statistics_of
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
 from spark_me.files import atomic_write, check_output
 from spark_me.inference.classifier import IMAGENET_CLASSES, imagenet_classes
 from spark_me.inference.export_formats import Exported, export_program, to_onnx, trace
@@ -68,7 +68,7 @@ def export(
         check_target(out, source)
         file = read_model(source, raw=raw)
         done = write_weights(file.weights, file.source, out, to)
-        print(f"{out}: {done.encoder} in {done.layout} layout")
+        print(f"{printable(str(out))}: {done.encoder} in {done.layout} layout")
         for note in done.notes:
             print(f"note: {note}")
         return
@@ -86,8 +86,8 @@ def export(
     with atomic_write(out) as opened:
         opened.write(exported.content)
     print(
-        f"{out}: {file.weights.encoder} as {to}, images [B, {file.in_channels}, {height}, {width}] → {output}; "
-        f"largest difference to the network {difference:.1e}"
+        f"{printable(str(out))}: {file.weights.encoder} as {to}, images [B, {file.in_channels}, {height}, {width}] "
+        f"→ {output}; largest difference to the network {difference:.1e}"
     )
 
 
@@ -97,7 +97,7 @@ def metadata(file: ModelFile, image_size: tuple[int, int]) -> dict[str, str]:
     classes = imagenet_classes() if file.classes is None and file.num_classes == IMAGENET_CLASSES else file.classes
     entries = {"encoder": file.weights.encoder, "mean": json.dumps(mean), "std": json.dumps(std)}
     entries["image_size"] = json.dumps(image_size)
-    return entries | ({} if classes is None else {"classes": json.dumps(classes, ensure_ascii=False)})
+    return entries | ({} if classes is None else {"classes": json.dumps(classes)})
 
 
 def _check_program(out: Path, to: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
 from spark_me.files import atomic_write, check_output
 from spark_me.inference.batches import Results, find_images, over_images, pick_device, report
 from spark_me.inference.model_file import read_model
@@ -127,5 +127,7 @@ def features_of_files(
     names = np.array([str(paths[place]) for place in results.places])
     with atomic_write(out) as file:
         np.savez(file, features=results.rows.numpy(), paths=names, encoder=encoder.name, stage=stage)
-    print(f"{out}: {len(names)} images, {results.rows.shape[1]} features of {encoder.name}, stage {stage}")
+    print(
+        f"{printable(str(out))}: {len(names)} images, {results.rows.shape[1]} features of {encoder.name}, stage {stage}"
+    )
     return report(results.unreadable)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from spark_me.data.files import class_folders
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 
 
 class Labelled(NamedTuple):
@@ -35,7 +35,7 @@ def find_labelled(root: Path, option: str) -> Labelled:
     images = class_folders(root)
     classes = list(images)
     if len(classes) < 2:
-        found = f"the one class folder {classes[0]}" if classes else "no class folders"
+        found = f"the one class folder {shown(classes[0])}" if classes else "no class folders"
         raise UserError(f"{option} {root}: has {found}: put the images of each class into a folder of its own")
     for name, own in images.items():
         if not own:
@@ -51,7 +51,7 @@ def require_equal_classes(train: Labelled, test: Labelled) -> None:
         UserError: naming those that only one of them has.
     """
     problems = [
-        f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''} only in {where}"
+        f"{', '.join(map(shown, names[:5]))}{', …' if len(names) > 5 else ''} only in {where}"
         for where, names in (
             ("--train", sorted(set(train.classes) - set(test.classes))),
             ("--test", sorted(set(test.classes) - set(train.classes))),

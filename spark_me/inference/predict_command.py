@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable, shown
 from spark_me.files import check_output, write_text
 from spark_me.inference.batches import find_images, over_images, pick_device, report
 from spark_me.inference.classifier import Classifier, load_classifier
@@ -68,7 +68,7 @@ def table(paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> str:
     for path, prediction in zip(paths, predictions):
         for rank, row in enumerate(prediction.get("top_k", [prediction])):
             score, label = f"{row['pred_score']:.4f}", str(row["pred_label"])
-            rows.append((str(path) if rank == 0 else "", score, label, row["pred_class"]))
+            rows.append((printable(str(path)) if rank == 0 else "", score, label, shown(row["pred_class"])))
     width, label_width = (max(len(row[column]) for row in rows) for column in (0, 2))
     return "\n".join(f"{name:{width}}  {score:>6}  {label:>{label_width}}  {text}" for name, score, label, text in rows)
 

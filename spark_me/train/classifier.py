@@ -3,7 +3,7 @@
 from torch import nn
 
 from spark_me.config_finetune import FinetuneConfig
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 from spark_me.inference.model_file import read_model
 
 LISTED = 5
@@ -32,7 +32,7 @@ def load_classifier(config: FinetuneConfig, weights: str, classes: list[str], *,
         raise UserError(f"{weights}: has no classifier: fine-tune it first by `spark-me finetune`")
     differing = sorted(set(file.classes or classes) ^ set(classes))
     if file.num_classes != len(classes) or differing:
-        names = f" (in one of them alone: {', '.join(differing[:LISTED])})" if differing else ""
+        names = f" (in one of them alone: {', '.join(map(shown, differing[:LISTED]))})" if differing else ""
         raise UserError(
             f"{weights}: has a classifier of {file.num_classes} classes, the images have {len(classes)}{names}: "
             "give data.root with the same class folders"

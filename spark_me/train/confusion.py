@@ -1,15 +1,19 @@
 """The picture of which classes are taken for which."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from spark_me.errors import shown
 from spark_me.files import atomic_write
 
 NAMED = 40
 """Most classes whose names are written on the axes."""
+LONGEST_NAME = 24
+"""Characters of a name there."""
 NUMBERED = 15
 """Most classes whose counts are written in the squares."""
 
@@ -31,12 +35,15 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     axes.set(xlabel="predicted class", ylabel="true class", title="Share of the true class")
     figure.colorbar(image, ax=axes, shrink=0.8)
     if len(classes) <= NAMED:
-        axes.set_xticks(range(len(classes)), classes, rotation=90)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [shown(name, LONGEST_NAME) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, parse_math=False)
     if len(classes) <= NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        # matplotlib's font has no Chinese, for example: the name is drawn with boxes.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
         figure.savefig(file, format="png", dpi=120)

@@ -12,7 +12,7 @@ from spark_me.config_finetune import FinetuneConfig
 from spark_me.data.class_folders import find_val
 from spark_me.data.labelled import held_out_labelled
 from spark_me.data.loaders import held_out_loader
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable, shown
 from spark_me.files import check_output, check_output_folder, write_text, writing
 from spark_me.train.accuracy import Predictions, predict_all
 from spark_me.train.classifier import load_classifier
@@ -76,12 +76,12 @@ def evaluate(
     _print(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result._asdict(), indent=1) + "\n")
-        print(f"figures   {json_file}")
+        print(f"figures   {printable(str(json_file))}")
     if out is not None:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         plot_confusion(result.confusion, classes, out / "confusion.png")
-        print(f"look at   {out / 'confusion.png'}")
+        print(f"look at   {printable(str(out / 'confusion.png'))}")
     return result
 
 
@@ -114,13 +114,14 @@ def _require_most(unreadable: list[tuple[str, str]], images: int, share: float) 
 
 
 def _print(result: Evaluation) -> None:
-    print(f"{result.weights}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
+    print(f"{printable(result.weights)}: top-1 {result.top1:.2%}, top-5 {result.top5:.2%}, loss {result.loss:.4f}")
     skipped = f", {len(result.unreadable)} unreadable ones left out" if result.unreadable else ""
     print(f"on {result.images} images of {len(result.classes)} classes{skipped}")
     if len(result.classes) > ON_SCREEN:
         return
-    width = max(len("class"), *(len(row["class"]) for row in result.classes))
+    names = [shown(row["class"]) for row in result.classes]
+    width = max(map(len, ["class", *names]))
     print(f"{'class':<{width}}  images   top-1")
-    for row in result.classes:
+    for name, row in zip(names, result.classes):
         accuracy = "-" if row["top1"] is None else f"{row['top1']:.1%}"
-        print(f"{row['class']:<{width}}  {row['images']:>6}  {accuracy:>6}")
+        print(f"{name:<{width}}  {row['images']:>6}  {accuracy:>6}")

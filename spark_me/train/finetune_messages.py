@@ -1,5 +1,6 @@
 """What a fine-tuning run prints at its beginning and at its end."""
 
+from spark_me.errors import printable
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST
 from spark_me.train.finetuning import Finetuning
@@ -24,8 +25,9 @@ def say_beginning(task: Finetuning, schedule: Schedule, start: str, steps_done: 
         f"to validate on; {length_text(config, schedule)} of {batch_text(config, processes)}, "
         f"{describe_peak(config)}, layer decay {config.optim.layer_decay}"
     )
+    start = printable(start)
     if steps_done == 0:
-        print(f"starting from {start} in {config.run.dir}")
+        print(f"starting from {start} in {printable(config.run.dir)}")
     elif steps_done < schedule.steps:
         print(f"going on from {start}, {steps_done} steps done")
     else:
@@ -41,7 +43,7 @@ def say_end(task: Finetuning, run: RunDirectory) -> None:
         f"top-1 {last[task.best_by]:.2%}{average} after the last step, "
         f"{best[task.best_by]:.2%} at best (step {best['step']})"
     )
-    print(f"look at   {run.loss_plot}")
+    print(f"look at   {printable(str(run.loss_plot))}")
     print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
     weights, folder = quoted(run.checkpoints / BEST), quoted(run.path)
     print(f"next      {command_text('spark-me')} evaluate {quoted(run.config)} --weights {weights} --out {folder}")

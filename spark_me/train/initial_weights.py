@@ -5,6 +5,7 @@ import json
 from torch import nn
 
 from spark_me.config import Config
+from spark_me.errors import printable
 from spark_me.files import write_text
 from spark_me.train import distributed
 from spark_me.train.run_directory import RunDirectory
@@ -35,4 +36,4 @@ def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory)
             run.create(config)
             record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
             write_text(run.initial_weights, json.dumps(record, indent=2) + "\n")
-            print(f"weights from {source}: {loaded.encoder}, {loaded.layout} layout")
+            print(f"weights from {printable(source)}: {loaded.encoder}, {loaded.layout} layout")

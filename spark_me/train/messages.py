@@ -12,6 +12,7 @@ from torch import nn
 import spark_me
 from spark_me.config import AnyConfig, Config
 from spark_me.data.files import Files
+from spark_me.errors import printable
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST, list_checkpoints
 from spark_me.train.metrics import read_metrics
@@ -43,17 +44,19 @@ def say_beginning(
         f"{length_text(config, schedule)} of {batch_text(config, processes)}, {describe_peak(config)}"
     )
     if resumed_from is None:
-        print(f"starting in {config.run.dir}")
+        print(f"starting in {printable(config.run.dir)}")
     elif steps_done < schedule.steps:
-        print(f"going on from {resumed_from}, {steps_done} steps done")
+        print(f"going on from {printable(resumed_from)}, {steps_done} steps done")
     else:
-        print(f"this run is complete: {resumed_from} is its last step (for another, choose another run.dir)")
+        last = printable(resumed_from)
+        print(f"this run is complete: {last} is its last step (for another, choose another run.dir)")
 
 
 def say_stopped(config: AnyConfig, steps_done: int, checkpoint: Path) -> None:
     """How to go on with a run that was asked to stop before its end."""
     how = "" if config.run.resume == "auto" else " with run.resume=auto"
-    print(f"stopped as asked, {steps_done} steps done and saved in {checkpoint}: repeat the command{how} to go on")
+    where = printable(str(checkpoint))
+    print(f"stopped as asked, {steps_done} steps done and saved in {where}: repeat the command{how} to go on")
 
 
 def say_end(config: Config, run: RunDirectory) -> None:
@@ -62,7 +65,7 @@ def say_end(config: Config, run: RunDirectory) -> None:
     if measured:
         print(f"held-out loss {measured[-1]:.4f} (predicting nothing scores 1.0)")
     pictures = [str(path) for path in (run.picture, run.loss_plot) if path.is_file()]
-    print(f"look at   {'  '.join(pictures)}")
+    print(f"look at   {'  '.join(map(printable, pictures))}")
     print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
     best = run.checkpoints / BEST
     weights = quoted(best if best.is_file() else list_checkpoints(run.checkpoints)[-1])
@@ -108,5 +111,12 @@ def configuration_text(task: str) -> str:
 
 
 def quoted(path: str | Path) -> str:
-    """A path as a shell takes it."""
-    return shlex.quote(str(path))
+    """A path as a shell takes it, and a terminal shows it."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    # What bash and zsh write for such names.
+    characters = (
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\{byte:03o}" for byte in os.fsencode(text)
+    )
+    return f"$'{''.join(characters)}'"

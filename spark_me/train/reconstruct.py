@@ -58,7 +58,7 @@ def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, se
     losses = draw_reconstruction(model, subjects, config, out, step=content["step"], seed=seed)
     for subject, loss in zip(subjects, losses):
         print(f"{printable(str(subject.item))}  loss {loss:.4f}")
-    print(f"wrote {out}")
+    print(f"wrote {printable(str(out))}")
 
 
 def model_of(config: Config) -> SparK:
