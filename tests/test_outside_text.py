@@ -183,6 +183,8 @@ def hostile_contents() -> dict[str, object]:
         "keys that are no text": {**resnet, 7: torch.zeros(2), (1, ESCAPES): torch.zeros(2)},
         "entries that are no tensors": {**resnet, ESCAPES + "x" * 20_000: "text"},
         "an entry that holds itself": endless,
+        "channels that take all memory": {**resnet, "conv1.weight": torch.zeros(1).expand(64, 10**11, 7, 7)},
+        "classes that take all memory": {**resnet, "fc.weight": torch.zeros(1).expand(10**11, 512)},
         "shapes": {**resnet, "conv1.weight": torch.zeros([1] * 60), "bn1.weight": torch.zeros(0)},
         "a configuration that is none": {**ours, "config": f"{ESCAPES}: ["},
         "a configuration of other types": {
@@ -198,7 +200,7 @@ def hostile_contents() -> dict[str, object]:
 def test_contents_of_files(place: Place, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = place.out / "hostile.pt"
     torch.save(hostile_contents()[what], path)
-    of_ours = what.startswith(("a configuration", "classes"))
+    of_ours = what.startswith(("a configuration", "classes that are none"))
     for entry in ["load_classifier", "predict", "evaluate"] if of_ours else ENTRIES:
         assert "hostile.pt" in assert_one_line(place, entry, str(path), capsys)
 

@@ -86,10 +86,17 @@ def test_wrappers_of_wrappers_and_other_entries():
     [
         ({"epoch": 3, "model": None}, "x: holds no state dict, neither bare nor under state_dict, model, module"),
         ([1, 2], "holds no state dict"),
-        ({"a": torch.zeros(1), "note": "hello"}, "entries among its tensors that are none, or have no name: note"),
-        ({"a": torch.zeros(1), 7: torch.zeros(1)}, "entries among its tensors that are none, or have no name: 7"),
+        ({"a": torch.zeros(1), "note": "hello"}, "entries among its tensors that are none, whole and named: note"),
+        ({"a": torch.zeros(1), 7: torch.zeros(1)}, "entries among its tensors that are none, whole and named: 7"),
         ({"model": {"model": None}}, "holds no state dict"),
         (nested(9), "holds no state dict"),
+        ({"a": torch.zeros(1), "b": torch.zeros(1).expand(10**12)}, "whole and named: b"),
+        ({"a": torch.zeros(1), "b": torch.zeros(2, 2).to_sparse()}, "whole and named: b"),
+        ({"a": torch.zeros(1), "b": torch.zeros(2, device="meta")}, "whole and named: b"),
+        (
+            {"a": torch.zeros(1), "b": torch.quantize_per_tensor(torch.zeros(2), 1, 0, torch.qint8)},
+            "whole and named: b",
+        ),
     ],
 )
 def test_contents_without_a_state_dict_are_refused(content, problem):
@@ -111,7 +118,15 @@ def test_pickles_that_would_run_code_are_refused(tmp_path, protocol, save):
     assert not canary.exists() and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, data", [("x.pth", b""), ("x.pth", b"PK\x03\x04"), ("x.pth", b"<html>no</html>")])
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("x.pth", b""),
+        ("x.pth", b"PK\x05\x06" + bytes(8) + b"\xff" * 8 + bytes(2)),
+        ("x.pth", b"PK\x03\x04"),
+        ("x.pth", b"<html>no</html>"),
+    ],
+)
 def test_damaged_files_are_one_line(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"{name}: .*damaged") as error:

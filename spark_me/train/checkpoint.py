@@ -188,7 +188,9 @@ def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
         raise UserError(f"{path}: is a checkpoint of `spark-me {found}`, where one of `spark-me {task}` is needed")
     if found != task:
         raise UserError(f"{path}: is no checkpoint of spark-me {task}: give one from a run's checkpoints/ folder")
-    version = content["format_version"]
+    if not isinstance(content.get("config"), str) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path}: lacks its configuration or its weights: use an earlier checkpoint")
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: has format {version}, this version reads {FORMAT_VERSION}: use the spark_me it is from"

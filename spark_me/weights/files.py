@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import re
+import struct
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -59,8 +61,7 @@ def require_weights(path: Path) -> None:
     """
     kind = None
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        names = _members(path)
         if any("/code/" in name for name in names):
             kind = "a TorchScript program"
         elif any(name.endswith(("/archive_format", "/models/model.json")) for name in names):
@@ -82,10 +83,10 @@ def bare_state(content: Any, where: str) -> dict[str, Tensor]:
     while isinstance(content, Mapping) and depth < DEEPEST:
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None and any(isinstance(value, Tensor) for value in content.values()):
-            others = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
+            others = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
             if others:
                 names = ", ".join(map(shown, others[:12]))
-                raise UserError(f"{where}: entries among its tensors that are none, or have no name: {names}")
+                raise UserError(f"{where}: entries among its tensors that are none, whole and named: {names}")
             return dict(content)
         content, depth = inner, depth + 1
     raise UserError(f"{where}: holds no state dict, neither bare nor under {', '.join(WRAPPERS)}")
@@ -154,9 +155,33 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _members(path: Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error):
+        return []  # a damaged one, which reading it will say
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor as models hold them, whose numbers are all in the file.
+
+    A view that repeats a few numbers may have any size: networks of that size would be built for it.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and not value.is_meta
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
+
+
 def _reading(path: Path, load: Callable[[], Any]) -> Any:
     try:
-        return load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is refused in one line or is nobody's concern
+            return load()
     except pickle.UnpicklingError as error:
         names = re.search(r"GLOBAL (\S+)", str(error))
         wants = f"loading it would run {shown(names[1])}" if names else "it is damaged, or loading it would run code"
