@@ -1,11 +1,13 @@
 """Writing files so that a crash, a kill or a full disk leaves the previous content whole, and where they may lie."""
 
 import errno
+import json
+import math
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from spark_me.errors import UserError
@@ -148,6 +150,19 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", errors="surrogateescape"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file of JSON atomically. It is ASCII, and null where a number is infinite or none, which JSON lacks."""
+    write_text(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _sync_directory(path: Path) -> None:

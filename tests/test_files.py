@@ -1,6 +1,7 @@
 """Writing: whole or not at all."""
 
 import errno
+import json
 import os
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from spark_me.files import (
     file_in,
     is_file,
     plain_name,
+    write_json,
     write_text,
     writing,
 )
@@ -144,6 +146,17 @@ def test_names_from_outside_that_are_refused(tmp_path: Path, text: str, problem:
     for function in (plain_name, lambda *arguments: file_in(tmp_path, *arguments)):
         with pytest.raises(UserError, match=f"cannot be the name of a file .*{problem}"):
             function(encode(text), (".pth", ".pt"))
+
+
+def test_json_is_valid_whatever_it_holds(tmp_path: Path) -> None:
+    name = b"\xff\x1b\n".decode(errors="surrogateescape")
+    write_json(tmp_path / "a.json", {"x": [1.5, float("nan"), (float("inf"), None, True)], "name": name})
+
+    def no_json(word: str) -> None:
+        raise AssertionError(word)
+
+    text = (tmp_path / "a.json").read_bytes().decode("ascii")
+    assert json.loads(text, parse_constant=no_json) == {"x": [1.5, None, [None, None, True]], "name": name}
 
 
 def test_names_too_long_are_no_files(tmp_path: Path) -> None:

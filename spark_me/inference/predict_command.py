@@ -1,12 +1,11 @@
 """`spark-me predict`: many images, a table, JSON, a picture."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spark_me.errors import UserError, printable, shown
-from spark_me.files import check_output, write_text
+from spark_me.files import check_output, write_json
 from spark_me.inference.batches import find_images, over_images, pick_device, report
 from spark_me.inference.classifier import Classifier, load_classifier
 from spark_me.inference.contact_sheet import draw_sheet
@@ -82,7 +81,7 @@ def _write(
 ) -> None:
     if json_file is not None:
         entries = [{"image": str(path), **prediction} for path, prediction in zip(paths, predictions)]
-        write_text(json_file, json.dumps(entries, indent=2) + "\n")
+        write_json(json_file, entries)
     if picture is not None:
         captions = [f"{prediction['pred_class']} {prediction['pred_score']:.2f}" for prediction in predictions]
         draw_sheet(paths, captions, classifier.view, picture)

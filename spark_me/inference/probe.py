@@ -1,6 +1,5 @@
 """`spark-me probe`: how far frozen features tell classes apart."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError
-from spark_me.files import check_output, write_text
+from spark_me.files import check_output, write_json
 from spark_me.inference.batches import report
 from spark_me.inference.features import DEEPEST, Encoder, extract_features, load_encoder
 from spark_me.inference.labelled import Labelled, balanced_part, find_labelled, require_equal_classes
@@ -77,7 +76,7 @@ def probe(
         **_measure(train_features, test_features, len(train_images.classes), k, seed),
     }
     if json_file is not None:
-        write_text(json_file, json.dumps(figures, indent=2) + "\n")
+        write_json(json_file, figures)
     print(summary(figures))
     return report(train_features.unreadable + test_features.unreadable)
 

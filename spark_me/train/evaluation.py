@@ -1,6 +1,5 @@
 """`spark-me evaluate`: the accuracy of a classifier on the validation images of a configuration."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from spark_me.data.class_folders import find_val
 from spark_me.data.labelled import held_out_labelled
 from spark_me.data.loaders import held_out_loader
 from spark_me.errors import UserError, printable, shown
-from spark_me.files import check_output, check_output_folder, write_text, writing
+from spark_me.files import check_output, check_output_folder, write_json, writing
 from spark_me.train.accuracy import Predictions, predict_all
 from spark_me.train.classifier import load_classifier
 from spark_me.train.confusion import plot_confusion
@@ -75,7 +74,7 @@ def evaluate(
     result = _summary(f"{weights} (raw weights)" if raw else weights, classes, own[""], unreadable)
     _print(result)
     if json_file is not None:
-        write_text(json_file, json.dumps(result._asdict(), indent=1) + "\n")
+        write_json(json_file, result._asdict())
         print(f"figures   {printable(str(json_file))}")
     if out is not None:
         with writing(out):

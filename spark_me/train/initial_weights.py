@@ -1,12 +1,10 @@
 """`model.init_from`: weights that a run starts from, of any known layout, and the record of what they were."""
 
-import json
-
 from torch import nn
 
 from spark_me.config import Config
 from spark_me.errors import printable
-from spark_me.files import write_text
+from spark_me.files import write_json
 from spark_me.train import distributed
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.starting_weights import locate
@@ -35,5 +33,5 @@ def start_from(source: str, model: nn.Module, config: Config, run: RunDirectory)
         if distributed.is_main():
             run.create(config)
             record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
-            write_text(run.initial_weights, json.dumps(record, indent=2) + "\n")
+            write_json(run.initial_weights, record)
             print(f"weights from {printable(source)}: {loaded.encoder}, {loaded.layout} layout")
