@@ -15,7 +15,7 @@ from terminal import record
 
 import spark_me
 from spark_me.cli import main
-from spark_me.weights import fetch
+from spark_me.weights import connections, fetch
 from spark_me.weights.download import local_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,17 +131,45 @@ def test_servers_that_stop_sending(server: Server, home: Path, content: bytes, w
     assert written(home) == []
 
 
-def test_servers_that_send_a_byte_at_a_time(server: Server, home: Path, content: bytes, monkeypatch):
-    monkeypatch.setattr(fetch, "SPAN", 0.3)
+HEAD = b"HTTP/1.1 200 OK\r\n"
+ENDLESS = {
+    "in the head": (HEAD + b"X: ", b"x"),
+    "in the head's lines": (HEAD, b"X: x\r\n"),
+    "before the head": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "in the content": (HEAD + b"Content-Length: 20000000\r\n\r\n", b"x"),
+    "in a chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffff\r\n", b"x"),
+    "in a chunk's size": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"0"),
+    "behind the last chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n", b"x: x\r\n"),
+}
+
+
+@pytest.mark.parametrize("where", ENDLESS)
+def test_servers_that_never_end_anywhere(server: Server, home: Path, where: str, monkeypatch):
+    begin, more = ENDLESS[where]
+    monkeypatch.setattr(fetch, "LARGEST", 1_000_000)
 
     def answer(handler):
-        handler.begin(200, ("Content-Length", str(len(content))))
-        for place in range(2000):
-            handler.wfile.write(content[place : place + 1])
-            if handler.server.closing.wait(0.01):
-                return
+        handler.wfile.write(begin)
+        for _ in range(2000):
+            handler.wfile.write(more * 10_000)
 
-    assert "less than 1000 bytes a second come" in refused(server, answer)
+    assert re.search("cannot be downloaded|more is sent|was not kept", refused(server, answer))
+    assert written(home) == []
+
+
+@pytest.mark.parametrize("where", ENDLESS)
+def test_servers_that_send_a_byte_at_a_time(server: Server, home: Path, where: str, monkeypatch):
+    begin, more = ENDLESS[where]
+    monkeypatch.setattr(connections, "SPAN", 0.3)
+
+    def answer(handler):
+        handler.wfile.write(begin)
+        while not handler.server.closing.wait(0.06):
+            handler.wfile.write(more[:1] if len(more) < 5 else more)
+
+    # Where lines are read, of which there are only so many, these may be over before.
+    expected = "less than 1000 bytes a second come" + ("|headers" if "lines" in where else "")
+    assert re.search(expected, refused(server, answer))
     assert written(home) == []
 
 

@@ -4,7 +4,6 @@ import http.client
 import os
 import shutil
 import string
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +14,17 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
 from spark_me.errors import UserError
+from spark_me.weights.connections import HEAD, BoundedResponse, HTTPHandler, HTTPSHandler
 
 TIMEOUT = 30.0
 """Seconds that connecting may take, and every wait for more."""
-SPAN, PACE = 60.0, 1000
-"""In every span of so many seconds, so many bytes a second must come: a server may send one at a time for ever."""
 LARGEST = 8 * 10**9
 """Bytes of a file whose length the server does not announce."""
 SCHEMES = ("https", "http")
 BLOCK = 1 << 18
 """Bytes."""
+OVERHEAD = 8
+"""Bytes that may come for each byte of content: a chunk of one byte has six."""
 BY_HAND = "download it by hand and give its path"
 
 
@@ -59,12 +59,12 @@ def fetch(url: str, path: Path) -> None:
         request = urllib.request.Request(
             quote(url, safe=string.punctuation), headers={"User-Agent": "spark_me", "Accept-Encoding": "identity"}
         )
-        response = _opener().open(request, timeout=TIMEOUT)
+        response: BoundedResponse = _opener().open(request, timeout=TIMEOUT)
     with response, path.open("wb") as file:
         announced = _announced(response.headers)
         free = shutil.disk_usage(path.parent).free
         if announced is not None and announced > free:
-            raise UserError(f"{url}: has {announced} bytes, {path.parent} {free} left: free space, or set TORCH_HOME")
+            raise UserError(f"{url}: has {announced} bytes, the disk has {free} left: free space, or set TORCH_HOME")
         with _progress(path.name, announced) as advance:
             for block in _blocks(response, announced, url):
                 file.write(block)
@@ -101,8 +101,8 @@ def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
+        HTTPHandler,
+        HTTPSHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPErrorProcessor,
         urllib.request.UnknownHandler,
@@ -117,19 +117,15 @@ def _announced(headers: Message) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
-def _blocks(response: http.client.HTTPResponse, announced: int | None, url: str) -> Iterator[bytes]:
+def _blocks(response: BoundedResponse, announced: int | None, url: str) -> Iterator[bytes]:
     """The content, piece by piece as it comes."""
     most = LARGEST if announced is None else announced
-    received, start, before = 0, time.monotonic(), 0
+    response.allow(OVERHEAD * most + HEAD)
+    received = 0
     # Whatever follows the announced length is not read; only an answer in chunks can hold more.
     while received != announced or response.chunked:
         with _one_line(url):
             block = response.read1(min(BLOCK, most - received + 1))
-            seconds = time.monotonic() - start
-            if seconds > SPAN:
-                if received + len(block) - before < PACE * seconds:
-                    raise TimeoutError(f"less than {PACE} bytes a second come")
-                start, before = time.monotonic(), received + len(block)
         if not block:
             break
         received += len(block)
