@@ -86,7 +86,7 @@ def test_numbers_that_are_not_finite_are_never_saved(
             loss = super().forward(*inputs)
             self.steps += self.training
             if self.steps == 6:
-                self.encoder.bn1.running_var.fill_(torch.inf)
+                self.encoder.bn1.running_var.data.fill_(torch.inf)
             return loss
 
     build = pretraining.model_of
