@@ -1,19 +1,24 @@
 """Configurations: a YAML file, the files it inherits from, and overrides from the command line, checked."""
 
 import difflib
+import math
+import os
+import re
+import types
+import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spark_me.config_data import statistics_of
 from spark_me.config_finetune import AnyConfig, FinetuneConfig
 from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
+from spark_me.config_text import Plain, parse_value, parse_yaml, read_yaml
 from spark_me.errors import UserError
 
 __all__ = [
@@ -37,11 +42,15 @@ ALTERNATIVES = (
     ("data.held_out", "data.val_root", "data.val_split"),
 )
 """Several ways to say one thing: a layer that uses one takes the others away from the layers below."""
+PATHS = ("weights", "model.init_from", "data.root", "data.val_root", "run.dir", "run.resume")
+"""Keys in whose values `~` is the home directory."""
 UNUSED = {"data.held_out": 0}
 """What says that one of them is not used, where that is not null."""
 SIZES = ("model.image_size",)
 """Keys of [height, width], where a number is the side of a square."""
 
+Layer: TypeAlias = dict[str, Any]
+"""What one file or the command line says, of `spark_me.config_text`'s values."""
 C = TypeVar("C", Config, FinetuneConfig)
 
 
@@ -61,18 +70,19 @@ def load_config(
     """Read a configuration.
 
     A file may start from another one with `base: other.yaml`, relative to itself. Later layers win:
-    defaults, base, file, overrides. Paths in values are relative to the working directory.
+    defaults, base, file, overrides. Paths in values are relative to the working directory, or begin with `~`.
 
     Args:
         path: a YAML file with the sections model, data, optim, train, run.
-        overrides: `key=value` with dotted keys and YAML values, for example `train.epochs=100`.
+        overrides: `key=value` with dotted keys and YAML values, for example `train.epochs=100`; where the key is text,
+            all behind the first `=` as it is.
         unchecked: dotted keys whose range does not matter to the caller.
         schema: what it configures: pretraining, or fine-tuning.
 
     Raises:
         UserError: for a file that is missing or no YAML, an unknown key, a value of a wrong type or range.
     """
-    layers = [*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides))]
+    layers = [*_read_layers(Path(path), ()), (COMMAND_LINE, _parse_overrides(overrides, schema))]
     config: AnyConfig = _resolve(layers, schema, unchecked)
     return config
 
@@ -91,25 +101,23 @@ def parse_config(text: str, source: str, schema: Any = Config) -> AnyConfig:
     Raises:
         UserError: as `load_config`.
     """
-    config: AnyConfig = _resolve([(f"in {source}", _parse_yaml(text, source))], schema)
+    config: AnyConfig = _resolve([(f"in {source}", parse_yaml(text, source))], schema)
     return config
 
 
-def _resolve(layers: list[tuple[str, DictConfig]], schema: type[C], unchecked: Collection[str] = ()) -> C:
+def _resolve(layers: list[tuple[str, Layer]], schema: type[C], unchecked: Collection[str] = ()) -> C:
     merged = OmegaConf.structured(schema)
     origins: dict[str, str] = {}
     for origin, layer in layers:
         _check_keys(layer, origin, schema)
-        _spell_out(layer, schema)
-        origins |= dict.fromkeys(_leaves(layer), origin)
+        values = _spelled_out({key: _settled(key, value, schema) for key, value in _leaves(layer)}, schema)
+        origins |= dict.fromkeys(values, origin)
         try:
-            merged = OmegaConf.merge(merged, layer)
+            for key, value in values.items():
+                OmegaConf.update(merged, key, value)
         except OmegaConfBaseException as error:
             raise UserError(_describe_type_error(error, origin)) from None
-    try:
-        config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise UserError(f"{_first_line(error)}: correct that value") from None
+    config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
     _check_values(config, origins, unchecked)
     if isinstance(config, Config):
         # What a run records must not depend on a later version's defaults. Fine-tuning has them from its weights.
@@ -133,48 +141,29 @@ def differing_keys(old: AnyConfig, new: AnyConfig) -> list[str]:
     ]
 
 
-def _read_layers(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, DictConfig]]:
+def _read_layers(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, Layer]]:
     if path.resolve() in parents:
         raise UserError(f"{path}: inherits from itself through {parents[-1]}: remove one of the `base` keys")
-    layer = _read_yaml(path)
+    layer = read_yaml(path)
     base = layer.pop("base", None)
     if base is not None:
-        yield from _read_layers(path.parent / str(base), (*parents, path.resolve()))
+        name = base.text if isinstance(base, Plain) else base
+        if not isinstance(name, str) or "\0" in name:
+            raise UserError(f"{path}: its `base` is no path: name one other configuration")
+        yield from _read_layers(path.parent / os.path.expanduser(name), (*parents, path.resolve()))
     yield f"in {path}", layer
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file: check the path, or the `base` that leads to it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return _parse_yaml(text, str(path))
-
-
-def _parse_yaml(text: str, source: str) -> DictConfig:
-    try:
-        layer = OmegaConf.create(text)  # by yaml's safe loader, without duplicate keys, with 1e-3 as a number
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a number of 5000 digits
-        mark = getattr(error, "problem_mark", None)
-        place = f"{source}:{mark.line + 1}" if mark else source
-        raise UserError(f"{place}: no valid YAML: {getattr(error, 'problem', error)}: correct that line") from None
-    if not isinstance(layer, DictConfig):
-        raise UserError(f"{source}: must hold sections (model, data, optim, train, run), not a {_kind(layer)}")
-    return layer
-
-
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+def _parse_overrides(overrides: Sequence[str], schema: type[AnyConfig]) -> Layer:
+    """`key=value` as a layer; a key of text takes all behind the first `=` as it is."""
+    layer: Layer = {}
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, text = override.partition("=")
         if not key or not equals:
             raise UserError(f"{override}: an override on the command line is key=value, for example train.epochs=100")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        problem = getattr(error, "problem", None) or _first_line(error)
-        raise UserError(f"{' '.join(overrides)}: value on the command line is no valid YAML: {problem}") from None
+        literal = key not in keys_of(schema) or str in _types_of(key, schema)
+        layer[key] = Plain(text, text) if literal else parse_value(text, f"{override} {COMMAND_LINE}")
+    return layer
 
 
 def keys_of(schema: type[AnyConfig]) -> list[str]:
@@ -182,10 +171,10 @@ def keys_of(schema: type[AnyConfig]) -> list[str]:
     return list(_flatten(schema()))
 
 
-def _check_keys(layer: DictConfig, origin: str, schema: type[AnyConfig]) -> None:
+def _check_keys(layer: Layer, origin: str, schema: type[AnyConfig]) -> None:
     valid = keys_of(schema)
     sections = {key.partition(".")[0] for key in valid}
-    for key in _leaves(layer):
+    for key, _ in _leaves(layer):
         if key in valid:
             continue
         if key in sections:
@@ -206,17 +195,38 @@ def _describe_other_task(key: str, origin: str, task: str) -> str:
     )
 
 
-def _spell_out(layer: DictConfig, schema: type[AnyConfig]) -> None:
-    """Write in full what a layer says for short."""
-    given, valid = set(_leaves(layer)), keys_of(schema)
+def _types_of(key: str, schema: type[AnyConfig]) -> tuple[Any, ...]:
+    """What a key may hold: `(str, NoneType)`."""
+    section, _, name = key.rpartition(".")
+    owner = typing.get_type_hints(schema)[section] if section else schema
+    hint = typing.get_type_hints(owner)[name]
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _settled(key: str, value: Any, schema: type[AnyConfig]) -> Any:
+    """A value as its key takes it: text as it was written, anything else by YAML."""
+    allowed = _types_of(key, schema)
+    if isinstance(value, Plain) and str in allowed:
+        value = None if type(None) in allowed and value.text in ("", "null") else value.text
+    if isinstance(value, str):
+        value = os.path.expanduser(value) if key in PATHS else value
+        # OmegaConf would look for another key's value, or for an environment variable.
+        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
+    if isinstance(value, list):
+        return [item.value if isinstance(item, Plain) else item for item in value]
+    return value.value if isinstance(value, Plain) else value
+
+
+def _spelled_out(values: dict[str, Any], schema: type[AnyConfig]) -> dict[str, Any]:
+    """The values of a layer by dotted key, with what they say for short in full."""
     for key in SIZES:
-        side = OmegaConf.select(layer, key, throw_on_missing=False) if key in given else None
-        if type(side) is int:  # no bool
-            OmegaConf.update(layer, key, [side, side])
+        if type(values.get(key)) is int:  # no bool
+            values[key] = [values[key]] * 2
+    valid = keys_of(schema)
     for ways in ALTERNATIVES:
-        if any(key in given and OmegaConf.select(layer, key) != UNUSED.get(key) for key in ways):
-            for key in set(ways) & set(valid) - given:
-                OmegaConf.update(layer, key, UNUSED.get(key))
+        if any(key in values and values[key] != UNUSED.get(key) for key in ways):
+            values = {key: UNUSED.get(key) for key in ways if key in valid} | values
+    return values
 
 
 def nearest_key(key: str, valid: list[str]) -> str:
@@ -232,23 +242,22 @@ def nearest_key(key: str, valid: list[str]) -> str:
 
 def _check_values(config: AnyConfig, origins: Mapping[str, str], unchecked: Collection[str]) -> None:
     values = _flatten(config)
+    for key, value in values.items():
+        numbers = value if isinstance(value, list) else [value]
+        if key != "data.nodata" and any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{key}={_show(value)} ({origins.get(key, 'by default')}): must be finite")
     for key, good, expected in rules(config) if isinstance(config, Config) else finetune_rules(config):
         if not good and key not in unchecked:
             raise UserError(f"{key}={_show(values[key])} ({origins.get(key, 'by default')}): {expected}")
 
 
-def _leaves(layer: DictConfig) -> list[str]:
-    """Dotted keys of a layer; a list or an empty section counts as one."""
-
-    def walk(node: Any, prefix: str) -> Iterator[str]:
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{name}.")
-            else:
-                yield name
-
-    return list(walk(OmegaConf.to_container(layer, resolve=False), ""))
+def _leaves(layer: Layer) -> Iterator[tuple[str, Any]]:
+    """Dotted keys of a layer with their values; a list or an empty section counts as one."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and value and "." not in key:
+            yield from ((f"{key}.{name}", inner) for name, inner in _leaves(value))
+        else:
+            yield key, value
 
 
 def _flatten(config: AnyConfig) -> dict[str, Any]:
@@ -272,7 +281,3 @@ def _first_line(error: Exception) -> str:
 
 def _show(value: Any) -> str:
     return "null" if value is None else str(value)
-
-
-def _kind(layer: Any) -> str:
-    return "list" if isinstance(layer, ListConfig) else type(layer).__name__

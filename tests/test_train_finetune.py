@@ -210,7 +210,7 @@ def test_two_processes_take_the_steps_of_one(images: Path, tmp_path: Path) -> No
 
 
 def test_weights_have_to_be_named(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["finetune", str(write_config(tmp_path)), "weights=''"]) == 2
+    assert cli.main(["finetune", str(write_config(tmp_path)), "weights="]) == 2
     assert "weights=none to start from scratch" in capsys.readouterr().err
 
 

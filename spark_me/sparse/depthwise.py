@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from spark_me.sparse import choice
-from spark_me.sparse.minkowski import ME
+from spark_me.sparse.minkowski import ME, Copied
 from spark_me.sparse.neighbours import Neighbours, Window
 from spark_me.sparse.pyramid import Pyramid
 from spark_me.sparse.tensor import SparseTensor, compute_dtype, is_fused, stride_of, with_features
@@ -36,7 +36,7 @@ PART_SITES = 1024
 """On CPU, kernel gradients are computed for images of about so many sites at a time, which stay in cache."""
 
 
-class DepthwiseConv2d(ME.MinkowskiChannelwiseConvolution):
+class DepthwiseConv2d(Copied, ME.MinkowskiChannelwiseConvolution):
     """Depthwise convolution of stride 1 with an odd, centred kernel; empty neighbours count as zero.
 
     `kernel` is [K, C], offsets in MinkowskiEngine's order, and `bias` [1, C]; `spark_me.weights.kernels` brings the

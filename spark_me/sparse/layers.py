@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.sparse import fused
-from spark_me.sparse.minkowski import ME
+from spark_me.sparse.minkowski import ME, Copied
 from spark_me.sparse.neighbours import Window
 from spark_me.sparse.tensor import SparseTensor, at_stride, compute_dtype, is_fused, stride_of, with_features
 
 
-class Conv2d(ME.MinkowskiConvolution):
+class Conv2d(Copied, ME.MinkowskiConvolution):
     """Sparse convolution: outputs at the visible sites of the output stride, empty neighbours count as zero.
 
     Odd kernels are centred (padding dilation · (k // 2)), even kernels start at the site (no padding).
@@ -105,7 +105,7 @@ class Conv2d(ME.MinkowskiConvolution):
         return f"{super().__repr__()[:-1]}, groups={self.groups})"
 
 
-class MaxPool2d(ME.MinkowskiMaxPooling):
+class MaxPool2d(Copied, ME.MinkowskiMaxPooling):
     """Maximum over the visible sites under the kernel; empty sites are ignored, not taken as zero.
 
     The dense simulation does take them as zero: it agrees for inputs that are nowhere negative, such as after ReLU.
@@ -123,7 +123,7 @@ class MaxPool2d(ME.MinkowskiMaxPooling):
         return at_stride(x, window.out_stride, fused.max_pool(x.F, window, x.coordinate_manager.neighbours))
 
 
-class AvgPool2d(ME.MinkowskiAvgPooling):
+class AvgPool2d(Copied, ME.MinkowskiAvgPooling):
     """Mean over the visible sites under the kernel: divides by their number, not by the kernel's volume."""
 
     def __init__(self, kernel_size: int, stride: int) -> None:

@@ -80,6 +80,20 @@ def checkpoint_of(
     }
 
 
+def require_finite(state: TrainState) -> None:
+    """Refuse to save a model with numbers that are none: it would take the place of a good checkpoint.
+
+    Raises:
+        UserError: naming the first such tensor.
+    """
+    for name, tensor in state.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(
+                f"{name} is not finite at step {state.step}; this checkpoint was not written: go on from the last one "
+                "by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or train.precision=fp32"
+            )
+
+
 def checkpoint_size(state: TrainState, entries: Mapping[str, Any]) -> int:
     """Bytes of a checkpoint, within a few percent, also before the optimizer has taken its first step."""
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]

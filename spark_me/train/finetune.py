@@ -28,6 +28,11 @@ def finetune(config: FinetuneConfig) -> bool:
         SystemExit: on processes besides the main one, in its place.
     """
     run = RunDirectory(config.run.dir)
+    with run.owned():
+        return _finetune(config, run)
+
+
+def _finetune(config: FinetuneConfig, run: RunDirectory) -> bool:
     settle_images(config, config.weights, "weights=", run)
     with distributed.agreed():
         if distributed.is_main():

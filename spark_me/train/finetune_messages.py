@@ -37,12 +37,13 @@ def say_beginning(task: Finetuning, schedule: Schedule, start: str, steps_done: 
 def say_end(task: Finetuning, run: RunDirectory) -> None:
     """The result, where to look and what to run next."""
     measured = [entry for entry in read_metrics(run.metrics) if task.best_by in entry]
-    last, best = measured[-1], max(measured, key=lambda entry: entry[task.best_by])
     average = "" if task.ema is None else " of the averaged weights"
-    print(
-        f"top-1 {last[task.best_by]:.2%}{average} after the last step, "
-        f"{best[task.best_by]:.2%} at best (step {best['step']})"
-    )
+    if measured:
+        last, best = measured[-1], max(measured, key=lambda entry: entry[task.best_by])
+        print(
+            f"top-1 {last[task.best_by]:.2%}{average} after the last step, "
+            f"{best[task.best_by]:.2%} at best (step {best['step']})"
+        )
     print(f"look at   {printable(str(run.loss_plot))}")
     print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
     weights, folder = quoted(run.checkpoints / BEST), quoted(run.path)

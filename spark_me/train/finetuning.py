@@ -1,6 +1,6 @@
 """Fine-tuning of a dense network as a classifier, as a task for the trainer. Needs no MinkowskiEngine."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class Finetuning:
             world_size=distributed.world_size(),
             pin_memory=self.device.type == "cuda",
         )
+
+    def image_names(self, indices: Sequence[int]) -> list[str]:
+        paths = self.images.train.paths
+        return [str(paths[index % len(paths)]) for index in indices]
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
         assert batch.labels is not None

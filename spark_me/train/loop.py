@@ -17,6 +17,9 @@ from spark_me.train.precision import SMALLEST_SCALE, Precision
 from spark_me.train.schedules import Schedule
 from spark_me.train.task import Inputs, Task
 
+NAMED = 4
+"""Most images of a step that a message names."""
+
 
 class Stepper:
     """Takes steps; every process takes each together with the others."""
@@ -56,8 +59,9 @@ class Stepper:
         self.schedule.apply(state.optimizer, step)
         state.optimizer.zero_grad()
         loss = self._backward(inputs)
-        self._require_finite("loss", loss)
-        norm = self._update()
+        names = [name for batch in batches for name in self.task.image_names(batch.indices)]
+        self._require_finite("loss", loss, names)
+        norm = self._update(names)
         self.task.after_step()
         state.step += 1
         return {
@@ -88,24 +92,27 @@ class Stepper:
             return nullcontext()
         return self.model.no_sync()
 
-    def _update(self) -> float:
+    def _update(self, names: Sequence[str]) -> float:
         """Clip the gradient and let the optimizer take it; return its norm."""
         scaler, optimizer = self.precision.scaler, self.state.optimizer
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip_norm).item()
         # A scaler leaves such a step out, and lowers its scale.
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
-            self._require_finite("gradient", norm)
+            self._require_finite("gradient", norm, names)
         scaler.step(optimizer)
         scaler.update()
         return norm
 
-    def _require_finite(self, what: str, value: float) -> None:
+    def _require_finite(self, what: str, value: float, names: Sequence[str]) -> None:
         if not math.isfinite(value):
+            all_names = distributed.everyones(names)
+            shown = ", ".join(all_names[:NAMED]) + (f" and {len(all_names) - NAMED} more" * (len(all_names) > NAMED))
+            images = f" (images: {shown})" if shown else ""
             raise distributed.shared(
                 UserError(
-                    f"the {what} is {value} at step {self.state.step + 1}; the step was not taken: go on from the last "
-                    "checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or "
+                    f"the {what} is {value} at step {self.state.step + 1}{images}; the step was not taken: go on from "
+                    "the last checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or "
                     "train.precision=fp32"
                 )
             )

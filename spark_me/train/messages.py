@@ -68,7 +68,9 @@ def say_end(config: Config, run: RunDirectory) -> None:
     print(f"look at   {'  '.join(map(printable, pictures))}")
     print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
     best = run.checkpoints / BEST
-    weights = quoted(best if best.is_file() else list_checkpoints(run.checkpoints)[-1])
+    # A run that goes on from the last step of another one writes none.
+    written = [*list_checkpoints(run.checkpoints), *([best] if best.is_file() else [])] or [Path(config.run.resume)]
+    weights = quoted(written[-1])
     image = "YOUR_PHOTO.jpg" if config.model.in_channels in (1, 3) else "YOUR_IMAGE.npy"
     print(f"more      {command_text('spark-me')} reconstruct {weights} {image} --out photo.png")
     encoder, layouts = config.model.encoder, layout_names(config.model.encoder)

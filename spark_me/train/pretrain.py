@@ -22,6 +22,11 @@ def pretrain(config: Config) -> None:
         SystemExit: on processes besides the main one, in its place.
     """
     run = RunDirectory(config.run.dir)
+    with run.owned():
+        _pretrain(config, run)
+
+
+def _pretrain(config: Config, run: RunDirectory) -> None:
     with distributed.agreed():
         if distributed.is_main():
             run.check(config)

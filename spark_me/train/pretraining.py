@@ -1,6 +1,6 @@
 """SparK pretraining as a task for the trainer."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ from spark_me.config import Config
 from spark_me.data.datasets import Batch
 from spark_me.data.files import Files, fingerprint
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
+from spark_me.data.shards import Shards
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.devices import copy_to
 from spark_me.errors import UserError
-from spark_me.masking import draw_visible_of_samples
+from spark_me.masking import count_visible, draw_visible_of_samples
 from spark_me.spark import SparK
 from spark_me.sparse import convert_sync_batchnorm
 from spark_me.train import distributed
@@ -52,6 +53,7 @@ class Pretraining:
         self.steps_per_epoch = count_steps_per_epoch(len(files.train), config)
         require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
         self.model = _build_model(config, device)
+        _require_two_values(self.model, config)
         self.held_out = held_out_dataset(files, config)
 
     def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
@@ -65,6 +67,10 @@ class Pretraining:
             world_size=distributed.world_size(),
             pin_memory=self.device.type == "cuda",
         )
+
+    def image_names(self, indices: Sequence[int]) -> list[str]:
+        images = self.images.train
+        return [] if isinstance(images, Shards) else [str(images[index % len(images)]) for index in indices]
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
         model, seed, valid = self.model, self.config.run.seed, batch.valid
@@ -118,6 +124,15 @@ class Pretraining:
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
         """There are no entries of its own."""
+
+
+def _require_two_values(model: SparK, config: Config) -> None:
+    visible = config.train.batch_size // config.train.accumulate * count_visible(model.grid, model.mask_ratio)
+    if visible < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.encoder.modules()):
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: a batch has one visible patch, and the norms of the deepest "
+            "scale need two values: raise train.batch_size or model.image_size"
+        )
 
 
 def _build_model(config: Config, device: torch.device) -> SparK:

@@ -1,11 +1,16 @@
 """The directory of a run: what lies where, whose it is, and which checkpoint to go on from."""
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import check_output_folder, write_text, writing
+from spark_me.train import distributed
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint, step_of
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
@@ -18,6 +23,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.lock = self.path / "lock"
         self.config = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.initial_weights = self.path / "initial_weights.json"
@@ -28,14 +34,59 @@ class RunDirectory:
         self.picture = self.path / "reconstruction.png"
         self.unreadable = self.path / "unreadable.txt"
 
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other processes that would write here out, for as long as the block lasts.
+
+        The lock is the operating system's and goes with this process, however that ends; data workers do not hold it.
+
+        Every process of a run calls it; the main one holds the lock.
+
+        Raises:
+            UserError: if another run is writing here, or the directory cannot be made.
+        """
+        with ExitStack() as stack:
+            with distributed.agreed():
+                if distributed.is_main():
+                    stack.enter_context(self._locked())
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        check_output_folder(self.path)
+        is_new = not self.path.exists()
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._acquire()
+        try:
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            lock.close()
+            if is_new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _acquire(self) -> BinaryIO:
+        while True:
+            lock = self.lock.open("ab")
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                lock.close()
+                raise UserError(
+                    f"{self.path}: another run is writing there now: wait for its end, or choose another run.dir"
+                ) from None
+            # Whoever held it before may have removed the file between the two.
+            if self.lock.exists() and os.path.samestat(os.fstat(lock.fileno()), self.lock.stat()):
+                return lock
+            lock.close()
+
     def check(self, config: AnyConfig) -> None:
         """Refuse a directory that another run owns; writes nothing.
 
         Raises:
-            UserError: if it cannot be written to, holds another configuration, or checkpoints that this run would
-                overwrite.
+            UserError: if it holds another configuration, or checkpoints that this run would overwrite.
         """
-        check_output_folder(self.path)
         other = self.recorded(type(config))
         if other is not None:
             different = differing_keys(other, config)

@@ -1,6 +1,6 @@
 """What the trainer asks of a task. It runs steps, checkpoints and logs; the task says what is learnt from what."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -43,6 +43,9 @@ class Task(Protocol):
 
     def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
         """This process's micro-batches from a step to the end of the run, `train.accumulate` for each step."""
+
+    def image_names(self, indices: Sequence[int]) -> list[str]:
+        """Of samples of an epoch, for messages; empty where images have no names before they are read."""
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
         """What is computed from a micro-batch."""

@@ -19,6 +19,7 @@ from spark_me.train.checkpoint import (
     checkpoint_of,
     checkpoint_size,
     list_checkpoints,
+    require_finite,
     require_space,
     restore,
     step_of,
@@ -208,13 +209,16 @@ class Trainer:
                 self.log.pause()
 
     def _beats(self, value: float, best: float | None) -> bool:
-        if best is None:
+        if not math.isfinite(value):
+            return False
+        if best is None or not math.isfinite(best):
             return True
         return value > best if self.task.best_is_highest else value < best
 
     def _save(self, *, best: bool = False) -> None:
         with distributed.agreed():
             if distributed.is_main():
+                require_finite(self.state)
                 content = checkpoint_of(
                     self.state,
                     self.config,
