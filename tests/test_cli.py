@@ -97,7 +97,7 @@ def test_a_path_may_hold_an_equals_sign(config: Path, capsys: pytest.CaptureFixt
 
 def test_commands_without_a_configuration_take_no_keys(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["predict", "weights.pt", "photo.jpg", "data.root=x"])
+        cli.main(["convert", "a.pt", "b.pt", "--to", "timm", "data.root=x"])
     assert stop.value.code == 2 and "unrecognized arguments: data.root=x" in capsys.readouterr().err
 
 
