@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from spark_me.config_data import PIPE
+from spark_me.data.braces import count_names
 from spark_me.data.reading import EXTENSIONS, Encoded
 from spark_me.errors import UserError, install_text
 
@@ -89,13 +90,18 @@ def expand(root: str, key: str) -> list[str]:
     """The shards of a brace pattern, in order.
 
     Raises:
-        UserError: if the package that reads shards is missing, or a local shard.
+        UserError: if the package that reads shards is missing, or a local shard, or the pattern is no pattern.
     """
     try:
-        from webdataset.shardlists import expand_urls
+        from webdataset.shardlists import envsubst, expand_urls
     except ImportError:
         raise UserError(f"data.kind=webdataset needs webdataset: {install_text('webdataset')}") from None
-    urls: list[str] = expand_urls(root)
+    try:
+        count_names(root)
+        count_names(envsubst(root))  # WDS_ variables may bring braces of their own
+        urls: list[str] = expand_urls(root)
+    except ValueError as error:
+        raise UserError(f"{key}={root}: {error}") from None
     missing = [url for url in urls if not url.startswith(PIPE) and not Path(url).is_file()]
     if missing:
         raise UserError(
