@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
 from spark_me.config import Config
+from spark_me.config_data import DataConfig, statistics_of
 from spark_me.data.files import find_files
 from spark_me.data.reading import Item, decode, to_picture
+from spark_me.data.transforms import require_moderate
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.files import check_output, write_text
@@ -43,7 +46,7 @@ def check(config: Config, out: Path | None) -> int:
     """
     check_output(out, str(config.data.root))  # which may be a list of files itself
     channels = config.model.in_channels
-    function = partial(examine, channels=channels, nodata=config.data.nodata)
+    function = partial(examine, channels=channels, data=config.data)
     found: list[Found] = []
     for images in find_files(config.data, channels):
         if len(images):
@@ -58,13 +61,18 @@ def check(config: Config, out: Path | None) -> int:
     return 1 if unreadable else 0
 
 
-def examine(item: Item, channels: int, nodata: float | None) -> Found:
+def examine(item: Item, channels: int, data: DataConfig) -> Found:
     """Read one image as training would."""
     try:
         decoded = decode(item, channels)
-        picture = to_picture(decoded, channels, nodata)
-        if not isinstance(picture, Image.Image) and picture.isnan().all():
-            raise UnreadableImage("nodata: no pixel has data")
+        picture = to_picture(decoded, channels, data.nodata)
+        if isinstance(picture, Tensor):
+            if picture.isnan().all():
+                raise UnreadableImage("nodata: no pixel has data")
+            statistics = statistics_of(data, channels)
+            if all(values is not None and len(values) == channels for values in statistics):
+                mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+                require_moderate(((picture - mean) / std).nan_to_num(0), picture)
     except UnreadableImage as reason:
         return Found(str(item), str(reason))
     if isinstance(decoded, np.ndarray):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.data.files import class_folders
+from spark_me.data.listing import class_folders
 from spark_me.data.randomness import SUBSET, generator_of
 from spark_me.errors import UserError
 

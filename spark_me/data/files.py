@@ -1,16 +1,17 @@
 """Which images a run reads: sorted lists of files, shards, or rows of a data set."""
 
+import codecs
 import hashlib
 import importlib.util
-import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from spark_me.config_data import DataConfig
 from spark_me.data import huggingface, shards
 from spark_me.data.arrays import NEEDS_TIFFFILE, has_tifffile
-from spark_me.data.reading import EXTENSIONS, MODES, TIFF, Items
+from spark_me.data.formats import TIFF
+from spark_me.data.listing import list_class_folders, list_images
+from spark_me.data.reading import MODES, Items
 from spark_me.errors import UserError, install_text
 
 # Real photographs in scikit-image's wheel. Two are held out; of the stereo pair one is enough.
@@ -31,10 +32,6 @@ DEMO_PHOTOS = (
     "retina.jpg",
     "rocket.jpg",
 )
-
-
-LOST_AND_FOUND = "lost+found"
-"""The folder at the root of a disk that none but root may read; no images are in it."""
 
 
 class Files(NamedTuple):
@@ -120,60 +117,22 @@ def _find_rows(data: DataConfig) -> Files:
 
 
 def _list_images(kind: str, root: Path, key: str) -> list[Path]:
-    finders = {"images": walk, "imagefolder": _in_class_folders, "list": _read_list}
+    finders = {"images": list_images, "imagefolder": list_class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
     if not (root.is_file() if kind == "list" else root.is_dir()):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
-    files = sorted(finders[kind](root))
+    files = finders[kind](root)
     if not files:
-        raise UserError(f"{key}={root}: no images in there ({', '.join(EXTENSIONS)}): check the path or data.kind")
+        raise UserError(f"{key}={root}: no images in there (what Pillow opens, or .npy): check the path or data.kind")
     return files
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth, in no order.
-
-    Raises:
-        UserError: naming a folder that cannot be read: its images would be missing unnoticed.
-    """
-    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
-        if LOST_AND_FOUND in folders:
-            folders.remove(LOST_AND_FOUND)
-        yield from (Path(folder, name) for name in names if name.lower().endswith(EXTENSIONS))
-
-
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """The images in each folder of a folder, those in its own folders too; both in order, as torchvision's ImageFolder.
-
-    Raises:
-        UserError: naming a folder that cannot be read.
-    """
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name != LOST_AND_FOUND)
-    except OSError as error:
-        _refuse_folder(error)
-    return {name: sorted(walk(root / name), key=lambda path: (str(path.parent), path.name)) for name in classes}
-
-
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise UserError(
-        f"{error.filename}: this folder cannot be read ({error.strerror}): make it readable, or move it elsewhere"
-    )
-
-
-def _in_class_folders(root: Path) -> Iterator[Path]:
-    images = class_folders(root)
-    if not images:
-        raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels")
-    yield from (path for own in images.values() for path in own)
-
-
-def _read_list(path: Path) -> Iterator[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no UTF-8 text: data.kind=list wants one image path a line") from None
-    yield from (path.parent / line.strip() for line in lines if line.strip())
+def _read_list(path: Path) -> list[Path]:
+    # Names that are no UTF-8 are kept as the system has them; a mark of UTF-8 is no part of a name.
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    if "\0" in text:
+        raise UserError(f"{path}: is no UTF-8 text: data.kind=list wants one image path a line")
+    return sorted(path.parent / line.strip() for line in text.split("\n") if line.strip())
 
 
 def _hold_out(images: int, count: int) -> tuple[list[int], list[int]]:

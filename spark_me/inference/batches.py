@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spark_me.data.files import walk
-from spark_me.data.reading import EXTENSIONS, Item
+from spark_me.data.listing import list_images
+from spark_me.data.reading import Item
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.errors import UserError
@@ -77,9 +77,9 @@ def find_images(arguments: Iterable[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for argument in arguments:
-        found = sorted(walk(argument)) if argument.is_dir() else [argument]
+        found = list_images(argument) if argument.is_dir() else [argument]
         if not found:
-            raise UserError(f"{argument}: no images in there ({', '.join(EXTENSIONS)}): check the path")
+            raise UserError(f"{argument}: no images in there (what Pillow opens, or .npy): check the path")
         paths += found
     return paths
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spark_me.data.files import class_folders
+from spark_me.data.listing import class_folders
 from spark_me.errors import UserError
 
 

@@ -91,7 +91,7 @@ class View:
         name = str(image) if isinstance(image, str | os.PathLike) else "the image"
         try:
             return self._transform(self._picture(image)).image
-        except (UnreadableImage, OSError) as reason:  # the latter from PIL images that are not loaded yet
+        except UnreadableImage as reason:
             raise UserError(f"{name}: unreadable ({reason}): give an image that opens in a viewer") from None
 
     def _picture(self, image: ImageLike) -> Picture:
