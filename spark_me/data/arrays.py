@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from spark_me.data.appearance import ORIENTATION, upright_array
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import install_text
 
@@ -54,12 +55,15 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
         series = file.series[0]
         _require_reasonable(series.shape)
         array, axes = series.asarray(), series.axes
+        orientation = series.keyframe.tags.get(ORIENTATION)
     others = [place for place, (axis, length) in enumerate(zip(axes, array.shape)) if axis not in "YX" and length > 1]
     if "Y" not in axes or "X" not in axes or len(others) > 1:
         raise UnreadableImage(f"is no image of height, width and channels, but has the axes {axes} {array.shape}")
     order = [axes.index("Y"), axes.index("X"), *others]
     singletons = tuple(place for place in range(array.ndim) if place not in order)
-    return check(array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order]), channels)
+    pixels = array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order])
+    pixels = check(pixels, channels)
+    return pixels if orientation is None else upright_array(pixels, orientation.value)
 
 
 def check(array: np.ndarray, channels: int) -> np.ndarray:
@@ -93,12 +97,13 @@ def with_channels(array: np.ndarray) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-def to_float(array: np.ndarray, nodata: float | None) -> np.ndarray:
+def to_float(array: np.ndarray, nodata: float | None, stored: np.ndarray | None = None) -> np.ndarray:
     """Scale pixels [H, W, C] to float32 [C, H, W]: uint8 and uint16 to 0 to 1, others as they are.
 
     Args:
-        array: as stored.
+        array: as it is shown.
         nodata: the stored value of pixels without data, which become NaN in all channels.
+        stored: the same as it is stored, where transparent pixels are shown in another colour.
 
     Raises:
         UnreadableImage: if a pixel with data is not finite, or so large that computing with it would overflow.
@@ -106,7 +111,8 @@ def to_float(array: np.ndarray, nodata: float | None) -> np.ndarray:
     without_data = np.zeros(array.shape[:2], dtype=bool)
     if nodata is not None:
         # NaN is never measured, so one is enough; a number may well be, so all channels must have it.
-        without_data = np.isnan(array).any(axis=2) if math.isnan(nodata) else (array == nodata).all(axis=2)
+        stored = array if stored is None else stored
+        without_data = np.isnan(stored).any(axis=2) if math.isnan(nodata) else (stored == nodata).all(axis=2)
     with_data = array if nodata is None else array[~without_data]
     if with_data.dtype.kind == "f" and with_data.size:
         _require_moderate(with_data)

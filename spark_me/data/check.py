@@ -75,10 +75,10 @@ def examine(item: Item, channels: int, data: DataConfig) -> Found:
                 require_moderate(((picture - mean) / std).nan_to_num(0), picture)
     except UnreadableImage as reason:
         return Found(str(item), str(reason))
+    height, width = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
     if isinstance(decoded, np.ndarray):
-        height, width, bands = decoded.shape
-        return Found("", None, height, width, f"{bands}×{decoded.dtype}")
-    return Found("", None, decoded.height, decoded.width, decoded.mode)
+        return Found("", None, height, width, f"{decoded.shape[2]}×{decoded.dtype}")
+    return Found("", None, height, width, decoded.mode)
 
 
 def _summary(images: list[Found], unreadable: int) -> str:

@@ -1,7 +1,6 @@
 """Reading one image: what is no image, damaged or dangerously large becomes a reason, not a crash."""
 
 import stat
-import warnings
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -11,7 +10,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from spark_me.data import arrays
+from spark_me.data import appearance, arrays
 from spark_me.data.formats import NPY, TIFF, pillow_formats
 from spark_me.data.unreadable import UnreadableImage, unreadable_if_it_fails
 
@@ -71,7 +70,7 @@ def read_image(item: Item, channels: int, nodata: float | None = None) -> Pictur
 
 
 def to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float | None = None) -> Picture:
-    """Convert a decoded image to what training sees.
+    """Convert a decoded image to what training sees: upright, and of RGB or grey what is transparent on white.
 
     Raises:
         UnreadableImage: if it has other channels, pixels that are not finite, or does not load.
@@ -85,12 +84,24 @@ def _to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float 
         if channels not in MODES and len(decoded.getbands()) != channels:
             bands = len(decoded.getbands())
             raise UnreadableImage(arrays.other_channels(bands, channels, f" (mode {decoded.mode})"))
-        if channels in MODES:
-            decoded = decoded.convert(MODES[channels])
-            if nodata is None:
-                return decoded
-        decoded = arrays.with_channels(np.asarray(decoded))
-    return torch.from_numpy(arrays.to_float(decoded, nodata))
+        appearance.load(decoded)  # which one that was handed over may still need
+        decoded = appearance.upright(decoded)
+        if channels not in MODES:
+            return _to_tensor(decoded, nodata)
+        shown = appearance.on_background(decoded, MODES[channels])
+        if nodata is None:
+            return shown
+        return _to_tensor(shown, nodata, appearance.straight(decoded).convert(MODES[channels]))
+    return _to_tensor(decoded, nodata)
+
+
+def _to_tensor(
+    shown: Image.Image | np.ndarray, nodata: float | None, stored: Image.Image | np.ndarray | None = None
+) -> Tensor:
+    pixels, as_stored = (
+        arrays.with_channels(np.asarray(image)) for image in (shown, shown if stored is None else stored)
+    )
+    return torch.from_numpy(arrays.to_float(pixels, nodata, as_stored))
 
 
 def decode(item: Item, channels: int) -> Image.Image | np.ndarray:
@@ -136,19 +147,14 @@ class _NotForPillow(Exception):
 def _decode_by_pillow(content: Path | bytes, channels: int) -> Image.Image | np.ndarray:
     source = BytesIO(content) if isinstance(content, bytes) else content
     try:
-        with warnings.catch_warnings():
-            # What else decoders warn of, such as damaged EXIF data, names no file.
-            warnings.simplefilter("ignore")
-            # Between one and two times its limit Pillow only warns.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=pillow_formats()) as image:
-                bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
-                if image.mode == "I;16" and channels == 1 and image.format == "PNG":
-                    return arrays.with_channels(np.asarray(image))
-                if image.mode.startswith(("I", "F")) or max(bits) > 8:
-                    raise _NotForPillow(f"pixels are not 8 bits (mode {image.mode})")
-                image.load()
-                return image
+        with Image.open(source, formats=pillow_formats()) as image:
+            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
+            if image.mode == "I;16" and channels == 1 and image.format == "PNG":
+                return arrays.with_channels(appearance.grey16_on_background(appearance.upright(image)))
+            if image.mode.startswith(("I", "F")) or max(bits) > 8:
+                raise _NotForPillow(f"pixels are not 8 bits (mode {image.mode})")
+            appearance.load(image)
+            return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"too large: {error}") from None
     except UnidentifiedImageError:  # its text holds the path, or an address in memory

@@ -1,7 +1,10 @@
 """Files that could not be read: listed in the run directory, and too many of them stop the run."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+
+from PIL import Image
 
 from spark_me.errors import UserError
 
@@ -25,7 +28,12 @@ def unreadable_if_it_fails() -> Iterator[None]:
         UnreadableImage: with a reason of one line.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # What else decoders warn of, such as damaged EXIF data, names no file.
+            warnings.simplefilter("ignore")
+            # Between one and two times its limit of pixels, Pillow only warns.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
     except UnreadableImage:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 from spark_me.weights.architectures import PATCH_SIZE
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 # Pixels, of the published recipes: the short edge that test images are resized to, and the centre that is kept.
 RESNET_SHORT_EDGE, SHORT_EDGE, CROP = 236, 256, 224
 
@@ -82,8 +82,8 @@ class View:
         """An image as the network sees it: float32 [C, H, W].
 
         Args:
-            image: a path; a PIL image; an array [H, W, C], RGB where C is 3, uint8 from 0 to 255 or as
-                `DataConfig.mean` counts; or a tensor [C, H, W] of the same values, where floats count from 0 to 1.
+            image: a path; the content of a file; a PIL image; an array [H, W, C], RGB where C is 3, uint8 from 0 to 255
+                or as `DataConfig.mean` counts; or a tensor [C, H, W] of such values, where floats count from 0 to 1.
 
         Raises:
             UserError: if it cannot be used.
@@ -97,6 +97,8 @@ class View:
     def _picture(self, image: ImageLike) -> Picture:
         if isinstance(image, str | os.PathLike):
             return read_image(Path(image), self.channels, self.data.nodata)
+        if isinstance(image, bytes):
+            return read_image(Encoded("the image", image), self.channels, self.data.nodata)
         if isinstance(image, Image.Image):
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImage(f"pixels are not 8 bits (mode {image.mode}): give an array")
