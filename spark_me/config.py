@@ -170,6 +170,10 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         key, equals, _ = override.partition("=")
         if not key or not equals:
             raise UserError(f"{override}: an override on the command line is key=value, for example train.epochs=100")
+        if any("\ud800" <= character <= "\udfff" for character in override):  # how Python keeps other bytes
+            raise UserError(
+                f"{ascii(override)}: is no UTF-8 text, as configurations are: rename it, or give a link to it"
+            )
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except (yaml.YAMLError, OmegaConfBaseException) as error:

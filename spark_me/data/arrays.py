@@ -1,7 +1,10 @@
 """Images that are arrays: more than 8 bits, other numbers of channels, pixels without data."""
 
 import importlib.util
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -51,7 +54,7 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
         raise UnreadableImage(NEEDS_TIFFFILE)
     import tifffile
 
-    with tifffile.TiffFile(BytesIO(content) if isinstance(content, bytes) else content) as file:
+    with _silent_tifffile(), tifffile.TiffFile(BytesIO(content) if isinstance(content, bytes) else content) as file:
         series = file.series[0]
         _require_reasonable(series.shape)
         array, axes = series.asarray(), series.axes
@@ -64,6 +67,18 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
     pixels = array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order])
     pixels = check(pixels, channels)
     return pixels if orientation is None else upright_array(pixels, orientation.value)
+
+
+@contextmanager
+def _silent_tifffile() -> Iterator[None]:
+    # Of damaged files it logs tracebacks that do not name them. What it raises is what counts.
+    logger = logging.getLogger("tifffile")
+    was = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = was
 
 
 def check(array: np.ndarray, channels: int) -> np.ndarray:
