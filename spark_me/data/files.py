@@ -3,6 +3,7 @@
 import codecs
 import hashlib
 import importlib.util
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from spark_me.data import huggingface, shards
 from spark_me.data.arrays import NEEDS_TIFFFILE, has_tifffile
 from spark_me.data.formats import TIFF
 from spark_me.data.listing import list_class_folders, list_images
+from spark_me.data.paths import Paths
 from spark_me.data.reading import MODES, Items
 from spark_me.errors import UserError, install_text
 
@@ -53,15 +55,18 @@ def find_files(data: DataConfig, channels: int = 3) -> Files:
     if data.kind == "huggingface":
         return _find_rows(data)
     train, held_out = _find_paths(data)
-    tiffs = [path for path in (*train, *held_out) if path.suffix.lower() in TIFF]
-    if tiffs and channels not in MODES and not has_tifffile():
-        raise UserError(f"{tiffs[0]}: with {channels} channels it {NEEDS_TIFFFILE}")
+    if channels not in MODES and not has_tifffile():
+        for path in chain(train, held_out):
+            if path.suffix.lower() in TIFF:
+                raise UserError(f"{path}: with {channels} channels it {NEEDS_TIFFFILE}")
     return Files(train, held_out)
 
 
 def fingerprint(images: Items | shards.Shards) -> str:
     """A digest of the images' number, order and names, to notice that a data set changed under a run."""
-    if isinstance(images, list):
+    kind = "images"
+    if isinstance(images, Paths | list):
+        kind = "files"
         names = [f"{path.parent.name}/{path.name}" for path in images]
     elif isinstance(images, shards.Shards):
         names = images.urls
@@ -69,13 +74,13 @@ def fingerprint(images: Items | shards.Shards) -> str:
         assert isinstance(images, huggingface.HuggingFaceImages)
         names = [images.name, images.column]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return f"{len(images)} {'files' if isinstance(images, list) else 'images'}, {digest}"
+    return f"{len(images)} {kind}, {digest}"
 
 
-def _find_paths(data: DataConfig) -> tuple[list[Path], list[Path]]:
+def _find_paths(data: DataConfig) -> tuple[Paths, Paths]:
     if data.kind == "demo":
         folder = _demo_folder()
-        return [folder / name for name in DEMO_PHOTOS], [folder / name for name in DEMO_HELD_OUT]
+        return Paths(folder / name for name in DEMO_PHOTOS), Paths(folder / name for name in DEMO_HELD_OUT)
     root = Path(str(data.root))
     if data.kind == "imagenet":
         return _find_imagenet(root, data.held_out)
@@ -83,18 +88,18 @@ def _find_paths(data: DataConfig) -> tuple[list[Path], list[Path]]:
     if data.val_root is not None:
         return files, _list_images(data.kind, Path(data.val_root), "data.val_root")
     train, held_out = _hold_out(len(files), data.held_out)
-    return [files[place] for place in train], [files[place] for place in held_out]
+    return files.select(train), files.select(held_out)
 
 
-def _find_imagenet(root: Path, held_out: int) -> tuple[list[Path], list[Path]]:
+def _find_imagenet(root: Path, held_out: int) -> tuple[Paths, Paths]:
     if not (root / "train").is_dir():
         raise UserError(f"data.root={root}: has no folder train: data.kind=imagenet wants the one above train and val")
     train = _list_images("imagefolder", root / "train", "data.root")
     # The validation images come without class folders.
-    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else []
+    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else Paths()
     if held_out > len(val):
         raise UserError(f"data.held_out={held_out} is more than the {len(val)} images in {root / 'val'}: lower it")
-    return train, [val[place] for place in evenly_spaced(len(val), held_out)] if held_out else val
+    return train, val.select(evenly_spaced(len(val), held_out)) if held_out else val
 
 
 def _find_shards(data: DataConfig) -> Files:
@@ -116,12 +121,12 @@ def _find_rows(data: DataConfig) -> Files:
     return Files(images.select(train), images.select(held_out))
 
 
-def _list_images(kind: str, root: Path, key: str) -> list[Path]:
+def _list_images(kind: str, root: Path, key: str) -> Paths:
     finders = {"images": list_images, "imagefolder": list_class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
     if not (root.is_file() if kind == "list" else root.is_dir()):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
-    files = finders[kind](root)
+    files = Paths(finders[kind](root))
     if not files:
         raise UserError(f"{key}={root}: no images in there (what Pillow opens, or .npy): check the path or data.kind")
     return files

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spark_me.data.listing import list_images
+from spark_me.data.paths import Paths
 from spark_me.data.reading import Item
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
@@ -69,7 +70,7 @@ def over_images(
     return Results(torch.cat(rows), places, unreadable)
 
 
-def find_images(arguments: Iterable[Path]) -> list[Path]:
+def find_images(arguments: Iterable[Path]) -> Paths:
     """Files as they are; of folders, the images at any depth, sorted.
 
     Raises:
@@ -81,7 +82,7 @@ def find_images(arguments: Iterable[Path]) -> list[Path]:
         if not found:
             raise UserError(f"{argument}: no images in there (what Pillow opens, or .npy): check the path")
         paths += found
-    return paths
+    return Paths(paths)
 
 
 def report(unreadable: Sequence[tuple[Path, str]]) -> int:
