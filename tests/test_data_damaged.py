@@ -19,7 +19,7 @@ from spark_me import cli
 from spark_me.config_finetune import FinetuneDataConfig
 from spark_me.config_schema import DataConfig
 from spark_me.data import arrays, reading
-from spark_me.data.augment import augmentation
+from spark_me.data.augment import augmentation, centre_crop
 from spark_me.data.check import examine
 from spark_me.data.datasets import HeldOutDataset, Reader, TrainDataset
 from spark_me.data.reading import Encoded, read_image
@@ -152,6 +152,15 @@ def test_large_finite_values_are_measured_exactly() -> None:
     np.testing.assert_allclose(moments.mean, pixels.mean(axis=(0, 1)), rtol=1e-6)
     assert np.isfinite(moments.squares).all()
     assert arrays.LARGEST == 1e30
+
+
+def test_image_that_would_be_enlarged_beyond_measure_is_refused() -> None:
+    """A line of pixels, whose short edge of 1 a test crop would make 236 times as long."""
+    Image.new("RGB", (100_000, 1)).save(content := BytesIO(), "PNG")
+    transform = centre_crop(FinetuneDataConfig(test_resize=236, test_crop=224), 3)
+    sample = HeldOutDataset([Encoded("line.png", content.getvalue())], Reader(transform, seed=0))[0]
+    assert sample.image is None
+    assert sample.unreadable == [("line.png", "too elongated: 100000 by 1 pixels")]
 
 
 # Names that are no UTF-8, and terminals that know no umlauts.

@@ -123,6 +123,34 @@ class CentreCrop:
         return resized
 
 
+class ShortEdgeCrop:
+    """An image resized by its short edge, then cropped at its centre."""
+
+    def __init__(self, resize: int, crop: int, interpolation: str) -> None:
+        """
+        Args:
+            resize: pixels of the short edge.
+            crop: side of the square that is kept.
+            interpolation: bicubic or bilinear, antialiased.
+        """
+        self.resize, self.size = resize, (crop, crop)
+        scale = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
+        self.geometry = v2.Compose([scale, v2.CenterCrop(crop)])
+
+    def __call__(self, picture: Picture) -> Picture:
+        """Crop an image or a tensor [C, H, W].
+
+        Raises:
+            UnreadableImage: if the image is so elongated that it would take too much memory.
+        """
+        short, long = sorted(v2.functional.get_size(picture))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and self.resize**2 * long / short > limit:
+            raise UnreadableImage(f"too elongated: {long} by {short} pixels")
+        cropped: Picture = self.geometry(picture)
+        return cropped
+
+
 def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32) -> Transform:
     """Random resized crop and flip, drawn from torch's default generator."""
     crop = v2.RandomResizedCrop(

@@ -8,11 +8,10 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from spark_me.config_data import STATISTICS, DataConfig
 from spark_me.data.reading import Encoded, Item, Picture, read_image, to_picture
-from spark_me.data.transforms import Transform
+from spark_me.data.transforms import ShortEdgeCrop, Transform
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 from spark_me.weights.architectures import PATCH_SIZE
@@ -20,34 +19,6 @@ from spark_me.weights.architectures import PATCH_SIZE
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 # Pixels, of the published recipes: the short edge that test images are resized to, and the centre that is kept.
 RESNET_SHORT_EDGE, SHORT_EDGE, CROP = 236, 256, 224
-
-
-class ShortEdgeCrop:
-    """An image resized by its short edge, then cropped at its centre."""
-
-    def __init__(self, resize: int, crop: int, interpolation: str) -> None:
-        """
-        Args:
-            resize: pixels of the short edge.
-            crop: side of the square that is kept.
-            interpolation: bicubic or bilinear, antialiased.
-        """
-        self.resize, self.size = resize, (crop, crop)
-        scale = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
-        self.geometry = v2.Compose([scale, v2.CenterCrop(crop)])
-
-    def __call__(self, picture: Picture) -> Picture:
-        """Crop an image or a tensor [C, H, W].
-
-        Raises:
-            UnreadableImage: if the image is so elongated that it would take too much memory.
-        """
-        short, long = sorted(v2.functional.get_size(picture))
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and self.resize**2 * long / short > limit:
-            raise UnreadableImage(f"too elongated: {long} by {short} pixels")
-        cropped: Picture = self.geometry(picture)
-        return cropped
 
 
 class View:
