@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from spark_me.errors import UserError, install_text, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0 done, 2 bad input, 1 a failed check or build, 130 Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # Names of files are no text to rely on, and not every terminal knows our ×.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parse(_parser(), sys.argv[1:] if argv is None else argv)
         try:

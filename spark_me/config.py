@@ -161,6 +161,10 @@ def _parse_overrides(overrides: Sequence[str], schema: type[AnyConfig]) -> Layer
         key, equals, text = override.partition("=")
         if not key or not equals:
             raise UserError(f"{override}: an override on the command line is key=value, for example train.epochs=100")
+        if any("\ud800" <= character <= "\udfff" for character in override):  # how Python keeps other bytes
+            raise UserError(
+                f"{ascii(override)}: is no UTF-8 text, as configurations are: rename it, or give a link to it"
+            )
         literal = key not in keys_of(schema) or str in _types_of(key, schema)
         layer[key] = Plain(text, text) if literal else parse_value(text, f"{override} {COMMAND_LINE}")
     return layer

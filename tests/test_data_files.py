@@ -10,7 +10,8 @@ import torchvision
 from PIL import Image
 
 from spark_me.config_schema import DataConfig
-from spark_me.data.files import class_folders, find_files, fingerprint
+from spark_me.data.files import find_files, fingerprint
+from spark_me.data.listing import class_folders
 from spark_me.data.reading import read_image
 from spark_me.errors import UserError
 

@@ -3,10 +3,12 @@
 import sys
 from pathlib import Path
 
+import braceexpand
 import pytest
 from tar_shards import png, write_shard, write_shards
 
 from spark_me.config_schema import DataConfig
+from spark_me.data.braces import count_names
 from spark_me.data.files import find_files, fingerprint
 from spark_me.data.shards import Shards, TarImages
 from spark_me.data.streams import ShardSampler
@@ -82,3 +84,33 @@ def test_missing_package_names_the_group(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
     with pytest.raises(UserError, match=r"pip install -e \"\.\[webdataset\]\"`"):
         find_files(DataConfig(kind="webdataset", root="a.tar"))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a.tar", "{000..127}.tar", "{a,b}{1..3}", "{2.{5..7},3.{2,3}}", "{10..1..3}", "x{y}z", r"\{a,b\}", "{,a}", "a,b"],
+)
+def test_names_are_counted_as_they_are_expanded(pattern: str) -> None:
+    assert count_names(pattern) == len(list(braceexpand.braceexpand(pattern)))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("{0..99}{0..99}{0..99}{0..99}.tar", "stands for more than 1,000,000 shards"),
+        ("{0..999999999999}.tar", "stands for more than 1,000,000 shards"),
+        ("{0.." + "9" * 5000 + "}.tar", "stands for more than 1,000,000 shards"),
+        ("{" + "a," * 2_000_000 + "}.tar", "stands for more than 1,000,000 shards"),
+        ("{{0..9999},{0..9999}}{0..999}::b.tar", "stands for more than 1,000,000 shards"),
+        ("{" * 100 + "}" * 100, "nested more than 20 deep"),
+        ("{00..03.tar", "braces are not balanced"),
+        ("{00..03}}.tar", "braces are not balanced"),
+    ],
+)
+@pytest.mark.parametrize("key", ["root", "val_root"])
+def test_patterns_that_are_none_are_refused_before_they_are_expanded(pattern: str, reason: str, key: str) -> None:
+    places = {"root": __file__, key: pattern}
+    with pytest.raises(UserError) as caught:
+        find_files(DataConfig(kind="webdataset", samples=1, **places))
+    assert str(caught.value).startswith(f"data.{key}={pattern[:9]}") and reason in str(caught.value)
+    assert "\n" not in str(caught.value)

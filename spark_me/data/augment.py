@@ -8,7 +8,7 @@ from torchvision.transforms import InterpolationMode, v2
 from spark_me.config_data import statistics_of
 from spark_me.config_finetune import FinetuneDataConfig
 from spark_me.data.reading import Picture
-from spark_me.data.transforms import Crop
+from spark_me.data.transforms import Crop, ShortEdgeCrop, require_moderate
 
 ERASED = (0.02, 1 / 3)
 """Smallest and largest share of a crop's area that is erased."""
@@ -33,7 +33,7 @@ class LabelledTransform:
         self.apply = v2.Compose([*steps, *normalise, *erase, v2.ToPureTensor()])
 
     def __call__(self, picture: Picture) -> Crop:
-        return Crop(self.apply(picture), None)
+        return Crop(require_moderate(self.apply(picture), picture), None)
 
 
 def augmentation(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
@@ -54,5 +54,4 @@ def augmentation(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
 def centre_crop(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
     """The shorter edge resized, then the centre."""
     assert data.test_resize is not None and data.test_crop is not None
-    resize = v2.Resize(data.test_resize, interpolation=InterpolationMode(data.interpolation), antialias=True)
-    return LabelledTransform([resize, v2.CenterCrop(data.test_crop)], data, channels)
+    return LabelledTransform([ShortEdgeCrop(data.test_resize, data.test_crop, data.interpolation)], data, channels)

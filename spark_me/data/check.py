@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
 from spark_me.config import Config
+from spark_me.config_data import DataConfig, statistics_of
 from spark_me.data.files import find_files
 from spark_me.data.reading import Item, decode, to_picture
+from spark_me.data.transforms import require_moderate
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.errors import printable
@@ -44,7 +47,7 @@ def check(config: Config, out: Path | None) -> int:
     """
     check_output(out, str(config.data.root))  # which may be a list of files itself
     channels = config.model.in_channels
-    function = partial(examine, channels=channels, nodata=config.data.nodata)
+    function = partial(examine, channels=channels, data=config.data)
     found: list[Found] = []
     for images in find_files(config.data, channels):
         if len(images):
@@ -59,19 +62,24 @@ def check(config: Config, out: Path | None) -> int:
     return 1 if unreadable else 0
 
 
-def examine(item: Item, channels: int, nodata: float | None) -> Found:
+def examine(item: Item, channels: int, data: DataConfig) -> Found:
     """Read one image as training would."""
     try:
         decoded = decode(item, channels)
-        picture = to_picture(decoded, channels, nodata)
-        if not isinstance(picture, Image.Image) and picture.isnan().all():
-            raise UnreadableImage("nodata: no pixel has data")
+        picture = to_picture(decoded, channels, data.nodata)
+        if isinstance(picture, Tensor):
+            if picture.isnan().all():
+                raise UnreadableImage("nodata: no pixel has data")
+            statistics = statistics_of(data, channels)
+            if all(values is not None and len(values) == channels for values in statistics):
+                mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+                require_moderate(((picture - mean) / std).nan_to_num(0), picture)
     except UnreadableImage as reason:
         return Found(str(item), str(reason))
+    height, width = picture.shape[1:] if isinstance(picture, Tensor) else (picture.height, picture.width)
     if isinstance(decoded, np.ndarray):
-        height, width, bands = decoded.shape
-        return Found("", None, height, width, f"{bands}×{decoded.dtype}")
-    return Found("", None, decoded.height, decoded.width, decoded.mode)
+        return Found("", None, height, width, f"{decoded.shape[2]}×{decoded.dtype}")
+    return Found("", None, height, width, decoded.mode)
 
 
 def _summary(images: list[Found], unreadable: int) -> str:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.data.files import class_folders
+from spark_me.data.listing import class_folders
+from spark_me.data.paths import Paths
 from spark_me.data.randomness import SUBSET, generator_of
 from spark_me.errors import UserError
 
@@ -16,7 +17,7 @@ LISTED = 5
 class Labelled(NamedTuple):
     """Images with their classes."""
 
-    paths: list[Path]
+    paths: Paths
     labels: list[int]
     """Places in the list of classes."""
 
@@ -74,7 +75,7 @@ def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
         shown = ", ".join(empty[:LISTED])
         raise UserError(f"{key}: no images in {len(empty)} class folders ({shown}): fill or remove them")
     labels = [label for label, paths in enumerate(found.values()) for _ in paths]
-    return Labelled([path for paths in found.values() for path in paths], labels), list(found)
+    return Labelled(Paths(path for paths in found.values() for path in paths), labels), list(found)
 
 
 def balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
@@ -88,4 +89,5 @@ def balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
     for label, own in places.items():
         order = torch.randperm(len(own), generator=generator_of(SUBSET, seed, 0, label)).tolist()
         kept += [own[place] for place in order[: max(1, round(fraction * len(own)))]]
-    return Labelled([images.paths[place] for place in sorted(kept)], [images.labels[place] for place in sorted(kept)])
+    kept.sort()
+    return Labelled(images.paths.select(kept), [images.labels[place] for place in kept])

@@ -1,16 +1,19 @@
 """Which images a run reads: sorted lists of files, shards, or rows of a data set."""
 
+import codecs
 import hashlib
 import importlib.util
-import os
-from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from spark_me.config_data import DataConfig
 from spark_me.data import huggingface, shards
 from spark_me.data.arrays import NEEDS_TIFFFILE, has_tifffile
-from spark_me.data.reading import EXTENSIONS, MODES, TIFF, Items
+from spark_me.data.formats import TIFF
+from spark_me.data.listing import list_class_folders, list_images
+from spark_me.data.paths import Paths
+from spark_me.data.reading import MODES, Items
 from spark_me.errors import UserError, install_text
 
 # Real photographs in scikit-image's wheel. Two are held out; of the stereo pair one is enough.
@@ -33,10 +36,6 @@ DEMO_PHOTOS = (
 )
 
 
-LOST_AND_FOUND = "lost+found"
-"""The folder at the root of a disk that none but root may read; no images are in it."""
-
-
 class Files(NamedTuple):
     """The images of a run."""
 
@@ -56,15 +55,18 @@ def find_files(data: DataConfig, channels: int = 3) -> Files:
     if data.kind == "huggingface":
         return _find_rows(data)
     train, held_out = _find_paths(data)
-    tiffs = [path for path in (*train, *held_out) if path.suffix.lower() in TIFF]
-    if tiffs and channels not in MODES and not has_tifffile():
-        raise UserError(f"{tiffs[0]}: with {channels} channels it {NEEDS_TIFFFILE}")
+    if channels not in MODES and not has_tifffile():
+        for path in chain(train, held_out):
+            if path.suffix.lower() in TIFF:
+                raise UserError(f"{path}: with {channels} channels it {NEEDS_TIFFFILE}")
     return Files(train, held_out)
 
 
 def fingerprint(images: Items | shards.Shards) -> str:
     """A digest of the images' number, order and names, to notice that a data set changed under a run."""
-    if isinstance(images, list):
+    kind = "images"
+    if isinstance(images, Paths | list):
+        kind = "files"
         names = [f"{path.parent.name}/{path.name}" for path in images]
     elif isinstance(images, shards.Shards):
         names = images.urls
@@ -72,13 +74,13 @@ def fingerprint(images: Items | shards.Shards) -> str:
         assert isinstance(images, huggingface.HuggingFaceImages)
         names = [images.name, images.column]
     digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()[:16]
-    return f"{len(images)} {'files' if isinstance(images, list) else 'images'}, {digest}"
+    return f"{len(images)} {kind}, {digest}"
 
 
-def _find_paths(data: DataConfig) -> tuple[list[Path], list[Path]]:
+def _find_paths(data: DataConfig) -> tuple[Paths, Paths]:
     if data.kind == "demo":
         folder = _demo_folder()
-        return [folder / name for name in DEMO_PHOTOS], [folder / name for name in DEMO_HELD_OUT]
+        return Paths(folder / name for name in DEMO_PHOTOS), Paths(folder / name for name in DEMO_HELD_OUT)
     root = Path(str(data.root))
     if data.kind == "imagenet":
         return _find_imagenet(root, data.held_out)
@@ -86,18 +88,18 @@ def _find_paths(data: DataConfig) -> tuple[list[Path], list[Path]]:
     if data.val_root is not None:
         return files, _list_images(data.kind, Path(data.val_root), "data.val_root")
     train, held_out = _hold_out(len(files), data.held_out)
-    return [files[place] for place in train], [files[place] for place in held_out]
+    return files.select(train), files.select(held_out)
 
 
-def _find_imagenet(root: Path, held_out: int) -> tuple[list[Path], list[Path]]:
+def _find_imagenet(root: Path, held_out: int) -> tuple[Paths, Paths]:
     if not (root / "train").is_dir():
         raise UserError(f"data.root={root}: has no folder train: data.kind=imagenet wants the one above train and val")
     train = _list_images("imagefolder", root / "train", "data.root")
     # The validation images come without class folders.
-    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else []
+    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else Paths()
     if held_out > len(val):
         raise UserError(f"data.held_out={held_out} is more than the {len(val)} images in {root / 'val'}: lower it")
-    return train, [val[place] for place in evenly_spaced(len(val), held_out)] if held_out else val
+    return train, val.select(evenly_spaced(len(val), held_out)) if held_out else val
 
 
 def _find_shards(data: DataConfig) -> Files:
@@ -119,61 +121,23 @@ def _find_rows(data: DataConfig) -> Files:
     return Files(images.select(train), images.select(held_out))
 
 
-def _list_images(kind: str, root: Path, key: str) -> list[Path]:
-    finders = {"images": walk, "imagefolder": _in_class_folders, "list": _read_list}
+def _list_images(kind: str, root: Path, key: str) -> Paths:
+    finders = {"images": list_images, "imagefolder": list_class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
     if not (root.is_file() if kind == "list" else root.is_dir()):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
-    files = sorted(finders[kind](root))
+    files = Paths(finders[kind](root))
     if not files:
-        raise UserError(f"{key}={root}: no images in there ({', '.join(EXTENSIONS)}): check the path or data.kind")
+        raise UserError(f"{key}={root}: no images in there (what Pillow opens, or .npy): check the path or data.kind")
     return files
 
 
-def walk(root: Path) -> Iterator[Path]:
-    """The image files in a folder, at any depth, in no order.
-
-    Raises:
-        UserError: naming a folder that cannot be read: its images would be missing unnoticed.
-    """
-    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
-        if LOST_AND_FOUND in folders:
-            folders.remove(LOST_AND_FOUND)
-        yield from (Path(folder, name) for name in names if name.lower().endswith(EXTENSIONS))
-
-
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """The images in each folder of a folder, those in its own folders too; both in order, as torchvision's ImageFolder.
-
-    Raises:
-        UserError: naming a folder that cannot be read.
-    """
-    try:
-        classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name != LOST_AND_FOUND)
-    except OSError as error:
-        _refuse_folder(error)
-    return {name: sorted(walk(root / name), key=lambda path: (str(path.parent), path.name)) for name in classes}
-
-
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise UserError(
-        f"{error.filename}: this folder cannot be read ({error.strerror}): make it readable, or move it elsewhere"
-    )
-
-
-def _in_class_folders(root: Path) -> Iterator[Path]:
-    images = class_folders(root)
-    if not images:
-        raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels")
-    yield from (path for own in images.values() for path in own)
-
-
-def _read_list(path: Path) -> Iterator[Path]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is no UTF-8 text: data.kind=list wants one image path a line") from None
-    yield from (path.parent / line.strip() for line in lines if line.strip())
+def _read_list(path: Path) -> list[Path]:
+    # Names that are no UTF-8 are kept as the system has them; a mark of UTF-8 is no part of a name.
+    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    if "\0" in text:
+        raise UserError(f"{path}: is no UTF-8 text: data.kind=list wants one image path a line")
+    return sorted(path.parent / line.strip() for line in text.split("\n") if line.strip())
 
 
 def _hold_out(images: int, count: int) -> tuple[list[int], list[int]]:

@@ -9,7 +9,11 @@ from typing import Any
 import numpy as np
 
 from spark_me.config_data import PIPE
-from spark_me.data.reading import EXTENSIONS, Encoded
+from spark_me.data.braces import count_names
+from spark_me.data.formats import is_image
+from spark_me.data.listing import any_hidden
+from spark_me.data.progress import Progress
+from spark_me.data.reading import Encoded
 from spark_me.errors import UserError, install_text
 
 READING_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
@@ -68,7 +72,11 @@ class TarImages:
         """
         self.paths = list(urls)
         # Arrays, as a tuple for each of millions of images takes much memory, in every worker.
-        members = [_index(path, image_key) for path in self.paths]
+        progress = Progress()
+        members = []
+        for place, path in enumerate(self.paths):
+            progress.note(f"counting the images of {len(self.paths)} shards: {place} read, now {path}")
+            members.append(_index(path, image_key))
         self._shard = np.repeat(np.arange(len(members)), [len(offsets) for offsets, _, _ in members])
         self._offset = np.concatenate([offsets for offsets, _, _ in members])
         self._size = np.concatenate([sizes for _, sizes, _ in members])
@@ -89,13 +97,18 @@ def expand(root: str, key: str) -> list[str]:
     """The shards of a brace pattern, in order.
 
     Raises:
-        UserError: if the package that reads shards is missing, or a local shard.
+        UserError: if the package that reads shards is missing, or a local shard, or the pattern is no pattern.
     """
     try:
-        from webdataset.shardlists import expand_urls
+        from webdataset.shardlists import envsubst, expand_urls
     except ImportError:
         raise UserError(f"data.kind=webdataset needs webdataset: {install_text('webdataset')}") from None
-    urls: list[str] = expand_urls(root)
+    try:
+        count_names(root)
+        count_names(envsubst(root))  # WDS_ variables may bring braces of their own
+        urls: list[str] = expand_urls(root)
+    except ValueError as error:
+        raise UserError(f"{key}={root}: {error}") from None
     missing = [url for url in urls if not url.startswith(PIPE) and not Path(url).is_file()]
     if missing:
         raise UserError(
@@ -113,7 +126,7 @@ def _index(path: str, image_key: str | None) -> tuple[np.ndarray, np.ndarray, np
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 sample, _, suffix = name.partition(".")
-                if member.isreg() and sample and _is_image(suffix, image_key):
+                if member.isreg() and sample and _is_image(suffix, image_key) and not any_hidden(member.name):
                     images.setdefault(f"{folder}/{sample}", member)
     except READING_ERRORS as error:
         raise UserError(
@@ -128,6 +141,8 @@ def _index(path: str, image_key: str | None) -> tuple[np.ndarray, np.ndarray, np
 
 
 def _image_of(sample: dict[str, Any], url: str, image_key: str | None) -> Encoded | None:
+    if any_hidden(sample["__key__"]):
+        return None
     for suffix, content in sample.items():
         if not suffix.startswith("__") and _is_image(suffix, image_key):
             return Encoded(f"{url}/{sample['__key__']}.{suffix}", content)
@@ -141,4 +156,4 @@ def _reason(error: Exception) -> str:
 
 
 def _is_image(suffix: str, image_key: str | None) -> bool:
-    return suffix.lower() == image_key if image_key is not None else f".{suffix.lower()}" in EXTENSIONS
+    return suffix.lower() == image_key if image_key is not None else "." not in suffix and is_image(f"_.{suffix}")

@@ -20,6 +20,10 @@ DEVIATIONS = 2.5
 """How far from the mean values are shown that are no photo's."""
 
 
+FARTHEST = 1e12
+"""Deviations from the mean: sums of squares of what is farther away would overflow in float32."""
+
+
 class Crop(NamedTuple):
     """What the model sees of an image."""
 
@@ -57,10 +61,10 @@ class Transform:
         """Crop a picture.
 
         Raises:
-            UnreadableImage: if too few patches of any crop have data.
+            UnreadableImage: if too few patches of any crop have data, or values overflow.
         """
         if not self.nodata:
-            return Crop(self.normalise(self.geometry(picture)), None)
+            return Crop(require_moderate(self.normalise(self.geometry(picture)), picture), None)
         assert isinstance(picture, Tensor)  # RGB and grey images are read as tensors, too, where nodata is asked for
         marked = self._mark(picture)
         most = 0
@@ -69,7 +73,8 @@ class Transform:
             without_data = crop[-1].isnan()
             valid = _patches_with_data(without_data, self.patch_size)
             if valid.sum() >= MIN_VALID:
-                return Crop(self.normalise(crop[:-1]).masked_fill(without_data, 0), valid, without_data)
+                image = self.normalise(crop[:-1]).masked_fill(without_data, 0)
+                return Crop(require_moderate(image, picture), valid, without_data)
             most = max(most, int(valid.sum()))
         crops = f"in the best of {self.attempts} crops" if self.attempts > 1 else "in its centre crop"
         raise UnreadableImage(f"nodata: {most} of {valid.numel()} patches have data {crops}, {MIN_VALID} are needed")
@@ -82,6 +87,20 @@ class Transform:
         without_data = picture[:1].isnan()
         filled = torch.where(without_data, self.mean, picture)
         return torch.cat([filled, torch.where(without_data, torch.nan, 0.0)])
+
+
+def require_moderate(image: Tensor, picture: Picture) -> Tensor:
+    """The normalised image [C, H, W] of a picture, if a network can compute with it.
+
+    Raises:
+        UnreadableImage: if it is not finite, or lies too far from the mean.
+    """
+    if isinstance(picture, Tensor) and not (image.abs() <= FARTHEST).all():
+        raise UnreadableImage(
+            f"has pixels more than {FARTHEST:.0e} deviations from the mean: correct data.mean and data.std, or set "
+            "data.nodata to the value that means no data"
+        )
+    return image
 
 
 class CentreCrop:
@@ -102,6 +121,34 @@ class CentreCrop:
         resize = v2.Resize(size, interpolation=InterpolationMode(self.interpolation), antialias=True)
         resized: Tensor = resize(crop(picture))
         return resized
+
+
+class ShortEdgeCrop:
+    """An image resized by its short edge, then cropped at its centre."""
+
+    def __init__(self, resize: int, crop: int, interpolation: str) -> None:
+        """
+        Args:
+            resize: pixels of the short edge.
+            crop: side of the square that is kept.
+            interpolation: bicubic or bilinear, antialiased.
+        """
+        self.resize, self.size = resize, (crop, crop)
+        scale = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
+        self.geometry = v2.Compose([scale, v2.CenterCrop(crop)])
+
+    def __call__(self, picture: Picture) -> Picture:
+        """Crop an image or a tensor [C, H, W].
+
+        Raises:
+            UnreadableImage: if the image is so elongated that it would take too much memory.
+        """
+        short, long = sorted(v2.functional.get_size(picture))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and self.resize**2 * long / short > limit:
+            raise UnreadableImage(f"too elongated: {long} by {short} pixels")
+        cropped: Picture = self.geometry(picture)
+        return cropped
 
 
 def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32) -> Transform:

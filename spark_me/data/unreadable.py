@@ -1,12 +1,52 @@
 """Files that could not be read: listed in the run directory, and too many of them stop the run."""
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from PIL import Image
 
 from spark_me.errors import UserError
+
+LONGEST_REASON = 200
+"""Characters: some decoders quote what they could not read."""
 
 
 class UnreadableImage(Exception):
     """An image that cannot be used, with the reason."""
+
+
+@contextmanager
+def unreadable_if_it_fails() -> Iterator[None]:
+    """Turn whatever goes wrong with one image into the reason why it cannot be used.
+
+    Decoders are handed bytes that nobody here wrote. Those of Pillow, tifffile, imagecodecs and numpy raise anything on
+    damaged ones, AssertionError, KeyError, RecursionError and MemoryError among them: here, and nowhere else, every
+    exception counts. Ctrl-C and the end of the process are none.
+
+    Raises:
+        UnreadableImage: with a reason of one line.
+    """
+    try:
+        with warnings.catch_warnings():
+            # What else decoders warn of, such as damaged EXIF data, names no file.
+            warnings.simplefilter("ignore")
+            # Between one and two times its limit of pixels, Pillow only warns.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except UnreadableImage:
+        raise
+    except Exception as error:
+        raise UnreadableImage(reason_of(error)) from None
+
+
+def reason_of(error: Exception) -> str:
+    """What went wrong, in one line."""
+    # The file's name stands beside the reason.
+    text = str(getattr(error, "strerror", None) or error)
+    line = " ".join(text.split())
+    name = type(error).__name__
+    return f"{name}: {line[:LONGEST_REASON]}" if line else name
 
 
 class UnreadableFiles:

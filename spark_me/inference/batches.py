@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spark_me.data.files import walk
-from spark_me.data.reading import EXTENSIONS, Item
+from spark_me.data.listing import list_images
+from spark_me.data.paths import Paths
+from spark_me.data.reading import Item
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.errors import UserError, printable
@@ -69,7 +70,7 @@ def over_images(
     return Results(torch.cat(rows), places, unreadable)
 
 
-def find_images(arguments: Iterable[Path]) -> list[Path]:
+def find_images(arguments: Iterable[Path]) -> Paths:
     """Files as they are; of folders, the images at any depth, sorted.
 
     Raises:
@@ -77,11 +78,11 @@ def find_images(arguments: Iterable[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for argument in arguments:
-        found = sorted(walk(argument)) if argument.is_dir() else [argument]
+        found = list_images(argument) if argument.is_dir() else [argument]
         if not found:
-            raise UserError(f"{argument}: no images in there ({', '.join(EXTENSIONS)}): check the path")
+            raise UserError(f"{argument}: no images in there (what Pillow opens, or .npy): check the path")
         paths += found
-    return paths
+    return Paths(paths)
 
 
 def report(unreadable: Sequence[tuple[Path, str]]) -> int:

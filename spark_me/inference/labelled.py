@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spark_me.data.files import class_folders
+from spark_me.data.listing import class_folders
+from spark_me.data.paths import Paths
 from spark_me.errors import UserError, shown
 
 
 class Labelled(NamedTuple):
     """Images with their classes."""
 
-    paths: list[Path]
+    paths: Paths
     labels: np.ndarray
     """int64 [n], places in `classes`."""
     classes: list[str]
@@ -41,7 +42,7 @@ def find_labelled(root: Path, option: str) -> Labelled:
         if not own:
             raise UserError(f"{option} {root / name}: no images of this class: add some, or remove the folder")
     labels = [label for label, own in enumerate(images.values()) for _ in own]
-    return Labelled([path for own in images.values() for path in own], np.array(labels), classes)
+    return Labelled(Paths(path for own in images.values() for path in own), np.array(labels), classes)
 
 
 def require_equal_classes(train: Labelled, test: Labelled) -> None:

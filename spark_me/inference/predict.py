@@ -24,8 +24,9 @@ def inference_model(
     Args:
         model: a classifier of `load_classifier`, which is best for many images, or what that takes: a network of
             `get_model` (put into evaluation mode), the name of a published classifier, or the path of a checkpoint.
-        image: a path, a PIL image, an array [H, W, 3] of RGB (uint8), or a tensor [3, H, W] (uint8, or floats from 0 to
-            1). It is resized, cropped and normalised as the classifier's test images are.
+        image: a path, a file's content (bytes), a PIL image, an array [H, W, 3] of RGB (uint8), or a tensor [3, H, W]
+            (uint8, or floats from 0 to 1). It is resized, cropped and normalised as the classifier's test images are;
+            files and PIL images are turned upright as their EXIF data says, and transparent pixels shown on white.
         top_k: how many of the likeliest classes to add, all when there are no more.
         class_names: of a model that does not bring them; ImageNet's for one of 1000 classes when None.
 

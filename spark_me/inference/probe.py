@@ -59,7 +59,7 @@ def probe(
     train_images, test_images = find_labelled(train, "--train"), find_labelled(test, "--test")
     require_equal_classes(train_images, test_images)
     part = balanced_part(train_images.labels, fraction, seed)
-    train_images = Labelled([train_images.paths[i] for i in part], train_images.labels[part], train_images.classes)
+    train_images = Labelled(train_images.paths.select(part), train_images.labels[part], train_images.classes)
     encoder = load_encoder(source, stage, raw=raw)
     train_features = _features(encoder, train_images, "training images", options)
     test_features = _features(encoder, test_images, "test images", options)

@@ -8,46 +8,17 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from spark_me.config_data import STATISTICS, DataConfig
 from spark_me.data.reading import Encoded, Item, Picture, read_image, to_picture
-from spark_me.data.transforms import Transform
+from spark_me.data.transforms import ShortEdgeCrop, Transform
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 from spark_me.weights.architectures import PATCH_SIZE
 
-ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 # Pixels, of the published recipes: the short edge that test images are resized to, and the centre that is kept.
 RESNET_SHORT_EDGE, SHORT_EDGE, CROP = 236, 256, 224
-
-
-class ShortEdgeCrop:
-    """An image resized by its short edge, then cropped at its centre."""
-
-    def __init__(self, resize: int, crop: int, interpolation: str) -> None:
-        """
-        Args:
-            resize: pixels of the short edge.
-            crop: side of the square that is kept.
-            interpolation: bicubic or bilinear, antialiased.
-        """
-        self.resize, self.size = resize, (crop, crop)
-        scale = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
-        self.geometry = v2.Compose([scale, v2.CenterCrop(crop)])
-
-    def __call__(self, picture: Picture) -> Picture:
-        """Crop an image or a tensor [C, H, W].
-
-        Raises:
-            UnreadableImage: if the image is so elongated that it would take too much memory.
-        """
-        short, long = sorted(v2.functional.get_size(picture))
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and self.resize**2 * long / short > limit:
-            raise UnreadableImage(f"too elongated: {long} by {short} pixels")
-        cropped: Picture = self.geometry(picture)
-        return cropped
 
 
 class View:
@@ -82,8 +53,8 @@ class View:
         """An image as the network sees it: float32 [C, H, W].
 
         Args:
-            image: a path; a PIL image; an array [H, W, C], RGB where C is 3, uint8 from 0 to 255 or as
-                `DataConfig.mean` counts; or a tensor [C, H, W] of the same values, where floats count from 0 to 1.
+            image: a path; the content of a file; a PIL image; an array [H, W, C], RGB where C is 3, uint8 from 0 to 255
+                or as `DataConfig.mean` counts; or a tensor [C, H, W] of such values, where floats count from 0 to 1.
 
         Raises:
             UserError: if it cannot be used.
@@ -91,12 +62,14 @@ class View:
         name = str(image) if isinstance(image, str | os.PathLike) else "the image"
         try:
             return self._transform(self._picture(image)).image
-        except (UnreadableImage, OSError) as reason:  # the latter from PIL images that are not loaded yet
+        except UnreadableImage as reason:
             raise UserError(f"{name}: unreadable ({reason}): give an image that opens in a viewer") from None
 
     def _picture(self, image: ImageLike) -> Picture:
         if isinstance(image, str | os.PathLike):
             return read_image(Path(image), self.channels, self.data.nodata)
+        if isinstance(image, bytes):
+            return read_image(Encoded("the image", image), self.channels, self.data.nodata)
         if isinstance(image, Image.Image):
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImage(f"pixels are not 8 bits (mode {image.mode}): give an array")
