@@ -9,7 +9,8 @@ DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-finetune test test-cuda bench-cuda check-cuda lint format doctor docker-check clean
+.PHONY: help setup demo demo-finetune test test-numerics test-cuda bench-cuda check-cuda
+.PHONY: lint format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +29,17 @@ demo-finetune: setup ## pretrain on digits, fine-tune on few labels, compare wit
 test: setup ## run the tests
 	@# A file a process; one thread each, as threads of several processes wait for each other.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# Tests that compare float32 results of different computations: processors round differently, a tolerance may fit one.
+# The simplest instructions of torch, oneDNN and MKL stand for another processor: none of today takes them by itself.
+OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
+NUMERICS := $(addprefix tests/test_,decoder.py spark.py::test_loss_float32 encoders_convnext.py::test_float32 \
+  sparse_choice.py sparse_depthwise.py sparse_layers.py sparse_norms.py weights_kernels.py \
+  inference_export.py inference_features.py inference_predict.py \
+  train_optim.py train_reconstruct.py train_soft_targets.py)
+
+test-numerics: setup ## run the tests that compare float32 results as on another processor
+	@$(OTHER_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(NUMERICS)
 
 test-cuda: setup ## run the tests that need a GPU, and those whose kernels are interpreted without one
 	@$(BIN)/python -m pytest -q -m "gpu or any_device"

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import timm
@@ -12,6 +11,7 @@ import torch
 import torchvision
 from checkpoints import assert_bitwise, random_like
 from classifier_files import fine_tuned, torchvision_resnet
+from conftest import TOLERANCE, relative_error
 from torch import Tensor, nn
 
 from spark_me.cli import main
@@ -36,7 +36,7 @@ def export(*arguments: object) -> int:
 def assert_same(run, network: nn.Module, height: int, width: int) -> None:
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, height, width)
-        assert (run(images) - network(images)).abs().max() <= 1e-4
+        assert relative_error(run(images), network(images)) < TOLERANCE[torch.float32]
 
 
 def by_onnxruntime(path: Path) -> onnxruntime.InferenceSession:
@@ -59,7 +59,7 @@ def test_onnx(own, tmp_path, capsys):
     assert "largest difference to the network" in capsys.readouterr().out
 
 
-def test_onnx_of_an_encoder_alone_with_global_responses(tmp_path):
+def test_onnx_of_an_encoder_alone_with_global_responses(tmp_path, assert_close):
     network = timm.create_model("convnextv2_atto", num_classes=0).eval()
     state = random_like(network.state_dict())
     network.load_state_dict(state)
@@ -69,8 +69,7 @@ def test_onnx_of_an_encoder_alone_with_global_responses(tmp_path):
     images = torch.randn(4, 3, 64, 32)
     (features,) = session.run(["features"], {"images": images.numpy()})
     with torch.no_grad():
-        expected = network.forward_features(images).mean((2, 3)).numpy()
-    np.testing.assert_allclose(features, expected, atol=1e-4)
+        assert_close(torch.from_numpy(features), network.forward_features(images).mean((2, 3)))
     assert "classes" not in session.get_modelmeta().custom_metadata_map
 
 

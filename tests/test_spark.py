@@ -104,12 +104,12 @@ def test_hidden_pixels_never_reach_the_prediction(visible):
     assert torch.equal(model.predict(images, visible), model.predict(disturbed, visible))
 
 
-def test_black_visible_pixels_are_sites():
+def test_black_visible_pixels_are_sites(assert_close):
     model, oracle = twins("resnet18", torch.float64)
     images = torch.zeros(2, 3, 96, 128, dtype=torch.float64)
     visible = torch.ones(2, 3, 4, dtype=torch.bool)
     visible[:, 0] = False
-    assert torch.allclose(model(images, visible), oracle(images, visible), rtol=1e-9)
+    assert_close(model(images, visible), oracle(images, visible))
 
 
 def test_predicting_nothing_scores_one():
@@ -130,7 +130,7 @@ def test_draws_a_mask_of_the_configured_ratio():
     assert first != second
 
 
-def test_reconstruction_is_in_image_units(visible):
+def test_reconstruction_is_in_image_units(visible, assert_close):
     """A decoder that outputs the normalised target itself must give the image back."""
     model, _ = twins("resnet18", torch.float64)
     images = torch.rand(len(visible), 3, 96, 128, dtype=torch.float64) * 200 + 20
@@ -140,7 +140,7 @@ def test_reconstruction_is_in_image_units(visible):
     deviation = (variance + 1e-6).sqrt().repeat_interleave(32, 2).repeat_interleave(32, 3)
     model.predict = lambda *_: centred / deviation
     out = model.reconstruct(images, visible)
-    assert torch.allclose(out.prediction, images, rtol=1e-9)
+    assert_close(out.prediction, images)
     assert out.loss.item() == pytest.approx(0, abs=1e-12)
 
 

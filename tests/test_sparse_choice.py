@@ -79,7 +79,7 @@ def test_measuring_leaves_gradients_and_randomness_alone():
     assert rows.grad is None and kernel.grad is None
     assert torch.equal(torch.get_rng_state(), state)
     out.sum().backward()
-    assert torch.allclose(rows.grad, kernel.sum(1).expand_as(rows))
+    assert relative_error(rows.grad, kernel.sum(1).expand_as(rows)) < 1e-4
 
 
 def test_measuring_is_nothing_that_activation_checkpointing_sees():

@@ -55,9 +55,9 @@ def test_two_processes_equal_one(tmp_path, assert_close):
         assert_close(actual.double(), expected.double())
 
 
-def test_conversion_keeps_parameters_statistics_and_mode():
+def test_conversion_keeps_parameters_statistics_and_mode(assert_close):
     model = build().eval()
     converted = sparse.convert_sync_batchnorm(model)
     assert type(converted.norm) is sparse.SyncBatchNorm and not converted.norm.training
     assert converted.state_dict().keys() == build().state_dict().keys()
-    torch.testing.assert_close(converted(images(), MASKS), build().eval()(images(), MASKS))
+    assert_close(converted(images(), MASKS), build().eval()(images(), MASKS))

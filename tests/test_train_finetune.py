@@ -111,7 +111,7 @@ def test_accumulated_micro_batches_draw_the_same_images(images: Path, tmp_path: 
     finetune(tiny_config(tmp_path, *plain))
     finetune(tiny_config(tmp_path, *plain, "train.accumulate=2", f"run.dir={tmp_path / 'other'}"))
     first, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "other"))
-    assert first[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-5)
+    assert first[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-4)
     assert first[0]["gradient_norm"] == pytest.approx(other[0]["gradient_norm"], rel=1e-4)
 
 
@@ -199,7 +199,7 @@ def test_two_processes_take_the_steps_of_one(images: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     one, two = (read_metrics(path / "metrics.jsonl") for path in (tmp_path / "run", other))
     # Rounding is amplified by AdamW's first steps, in which every gradient counts alike.
-    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-4)
     assert two[0]["gradient_norm"] == pytest.approx(one[0]["gradient_norm"], rel=1e-4)
     assert two[-1]["held_out_loss"] == pytest.approx(one[-1]["held_out_loss"], rel=0.05)
     statistics = [newest(path)["model"]["bn1.running_mean"] for path in (tmp_path / "run", other)]

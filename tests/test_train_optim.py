@@ -1,8 +1,10 @@
 """Parameter groups of the real model, and that decay and LAMB do what they say."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spark_me import build_model, sparse
 from spark_me.config_schema import OptimConfig
@@ -55,7 +57,7 @@ def test_weight_decay_reaches_decayed_parameters_alone(name: str) -> None:
     assert torch.equal(layer.bias, torch.ones(3))
 
 
-def test_first_lamb_step_by_hand() -> None:
+def test_first_lamb_step_by_hand(assert_close: Callable[[Tensor, Tensor], None]) -> None:
     # Bias-corrected moments make the first update g / (|g| + eps) + decay · w, scaled to the norm of w.
     weight = torch.tensor([[3.0, -4.0]])
     layer = nn.Linear(2, 1, bias=False)
@@ -65,4 +67,4 @@ def test_first_lamb_step_by_hand() -> None:
     layer.weight.grad = torch.tensor([[100.0, 50.0]])
     optimizer.step()
     update = torch.tensor([[1.0, 1.0]]) + 0.2 * weight
-    torch.testing.assert_close(layer.weight.detach(), weight - 0.1 * update * (5.0 / update.norm()))
+    assert_close(layer.weight.detach(), weight - 0.1 * update * (5.0 / update.norm()))

@@ -1,6 +1,7 @@
 """Precisions: fp16's scaler skips and stops, tf32 asks for a GPU, a compiled decoder computes the same."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,12 @@ def test_a_gpu_is_made_the_current_one_by_its_number(name: str, monkeypatch: pyt
 
 # Inductor takes a minute to generate code; without it, the same graphs are traced.
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_decoder_gives_the_same_loss_and_gradient(one_thread: None, compiler: str) -> None:
+def test_compiled_decoder_gives_the_same_loss_and_gradient(
+    one_thread: None, compiler: str, assert_close: Callable[[Tensor, Tensor], None]
+) -> None:
     torch.manual_seed(0)
-    model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
-    images = torch.randn(2, 3, 64, 64)
+    model = build_model("resnet18", image_size=(64, 64), decoder_width=32).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     visible = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
     results = []
     for compiled in (False, True):
@@ -130,4 +133,4 @@ def test_compiled_decoder_gives_the_same_loss_and_gradient(one_thread: None, com
         loss.backward()
         results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
     for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+        assert_close(actual, expected)

@@ -145,7 +145,7 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
     for mask in range(4):
         visible = draw_visible_of_samples(config.run.seed, mask, range(3), (2, 2), 0.6)
         losses += [model(one.crop.image[None], shown[None]).item() for one, shown in zip(subjects, visible)]
-    assert read_metrics(run / "metrics.jsonl")[-1]["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert read_metrics(run / "metrics.jsonl")[-1]["held_out_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
 # What stops a run.

@@ -188,7 +188,7 @@ def test_an_image_keeps_its_mask_beside_an_unreadable_one(tmp_path: Path, photo:
     for first in (photo, tmp_path / "bad.jpg"):
         subjects, unreadable = read_subjects(held_out_dataset(Files([], [first, photo]), CONFIG), 2)
         losses.append(draw_reconstruction(model, subjects, CONFIG, tmp_path / "a.png", step=0, seed=0))
-    assert len(losses[0]) == 2 and losses[0][1:] == pytest.approx(losses[1], rel=1e-6)
+    assert len(losses[0]) == 2 and losses[0][1:] == pytest.approx(losses[1], rel=1e-4)
     assert [name for name, _ in unreadable] == [str(tmp_path / "bad.jpg")]
 
 

@@ -34,15 +34,15 @@ def test_offsets_vary_fastest_along_y():
     assert kernel_to_weight(kernel, 3)[0, 0].tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
 
 
-def test_depthwise_kernels_and_biases_by_module_type():
+def test_depthwise_kernels_and_biases_by_module_type(assert_close):
     """The engine's depthwise kernel [K, C], y fastest, and bias [1, C] against a loop over offsets."""
     generator = torch.Generator().manual_seed(0)
-    kernel, bias, x = (torch.randn(shape, generator=generator) for shape in ((49, 3), (1, 3), (2, 3, 9, 8)))
+    kernel, bias, x = (torch.randn(shape, generator=generator).double() for shape in ((49, 3), (1, 3), (2, 3, 9, 8)))
     state = to_dense_state({"0.kernel": kernel, "0.bias": bias}, network := nn.Sequential(nn.Conv2d(3, 3, 7, groups=3)))
-    network.load_state_dict(state, strict=True)
+    network.double().load_state_dict(state, strict=True)
     expected = bias[0, :, None, None].expand(2, 3, 3, 2).clone()
     for dx in range(7):
         for dy in range(7):
             expected += kernel[7 * dx + dy, :, None, None] * x[:, :, dy : dy + 3, dx : dx + 2]
-    torch.testing.assert_close(network(x), expected)
+    assert_close(network(x), expected)
     assert torch.equal(weight_to_kernel(state["0.weight"], kernel.shape), kernel)
