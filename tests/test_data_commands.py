@@ -15,6 +15,7 @@ from tar_shards import png, write_shard, write_shards
 
 from spark_me import cli
 from spark_me.config import load_config
+from spark_me.data.unreadable import as_lines
 
 Write = Callable[..., Path]
 
@@ -213,3 +214,7 @@ def test_a_hundred_damaged_of_a_thousand_images(
     assert cli.main(["data", "check", str(config), "--out", str(tmp_path / "bad.txt")]) == 1
     assert (tmp_path / "bad.txt").read_text() == (tmp_path / "run" / "unreadable.txt").read_text()
     assert capsys.readouterr().out.startswith("1000 images, 100 unreadable; ")
+
+
+def test_line_breaks_in_names_forge_no_lines() -> None:
+    assert as_lines([("b\n/etc/passwd", "no\timage"), ("a", "cut")]) == "a\tcut\nb\\n/etc/passwd\tno\\timage\n"

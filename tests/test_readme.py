@@ -47,7 +47,7 @@ def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(ENCODERS, "tinynet", ENCODERS["resnet18"])
     for command in commands_of(page):
-        words = shlex.split(re.sub(r"^.*?(spark-me|-m spark_me|tinynet.py|spark_me(:cpu)?) (?=[a-z])", "", command))
+        words = shlex.split(re.sub(r"^.*?(spark-me|-m spark_me|tinynet.py|spark_me(:cpu)?) +(?=[a-z])", "", command))
         if "…" in command:  # for whatever is put there
             continue
         args = parse(cli._parser(), words)

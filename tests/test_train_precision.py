@@ -1,7 +1,7 @@
 """Precisions: fp16's scaler skips and stops, tf32 asks for a GPU, a compiled decoder computes the same."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,9 @@ class Fit:
     def __init__(self) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.constant_(self.model.weight, 0.5)
+
+    def image_names(self, indices: Sequence[int]) -> list[str]:
+        return [f"{index}.png" for index in indices]
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
         return Inputs((batch.images,), len(batch.indices))

@@ -281,7 +281,7 @@ def test_non_finite_stops_before_the_step(
     assert message.startswith(f"the {what} is ")
     assert "at step 3 (images: " in message
     named = message.partition("(images: ")[2].partition(")")[0].split(", ")
-    assert len(named) == 2 and all(Path(name).is_file() for name in named)
+    assert len(named) == 4 and all(Path(name).is_file() for name in named)
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in saved] == ["step_00000002.pt"]
     assert all(value.isfinite().all() for value in read_checkpoint(saved[0])["model"].values())

@@ -14,7 +14,7 @@ from spark_me.config_data import DataConfig, statistics_of
 from spark_me.data.files import find_files
 from spark_me.data.reading import Item, decode, to_picture
 from spark_me.data.transforms import require_moderate
-from spark_me.data.unreadable import UnreadableImage
+from spark_me.data.unreadable import UnreadableImage, as_lines
 from spark_me.data.visiting import visit
 from spark_me.errors import printable
 from spark_me.files import check_output, write_text
@@ -57,7 +57,7 @@ def check(config: Config, out: Path | None) -> int:
         for name, reason in unreadable:
             print(f"{printable(name)}\t{printable(reason)}")
     else:
-        write_text(out, "".join(f"{name}\t{reason}\n" for name, reason in unreadable))
+        write_text(out, as_lines(unreadable))
     print(_summary([image for image in found if image.reason is None], len(unreadable)))
     return 1 if unreadable else 0
 

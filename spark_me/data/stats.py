@@ -1,6 +1,5 @@
 """`spark-me data stats`: mean and standard deviation of each channel over whole training images."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from spark_me.data.reading import Item, read_image
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.data.visiting import visit
 from spark_me.errors import UserError
-from spark_me.files import check_output, write_text
+from spark_me.files import check_output, write_json
 
 
 class Moments(NamedTuple):
@@ -64,7 +63,7 @@ def stats(config: Config, sample: int | None, out: Path | None) -> None:
     if out is not None:
         figures = {"mean": total.mean.tolist(), "std": deviation.tolist()}
         counts = {"images": read, "unreadable": unreadable, "pixels": total.pixels}
-        write_text(out, json.dumps({**figures, **counts}, indent=2) + "\n")
+        write_json(out, {**figures, **counts})
 
 
 def measure(item: Item, channels: int, nodata: float | None) -> Moments | None:

@@ -49,6 +49,12 @@ def reason_of(error: Exception) -> str:
     return f"{name}: {line[:LONGEST_REASON]}" if line else name
 
 
+def as_lines(records: Iterable[tuple[str, str]]) -> str:
+    """(name, reason) as sorted lines `name<TAB>reason`; a line break or tab within is written as \\n, \\r or \\t."""
+    escaped = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
+    return "".join("\t".join(text.translate(escaped) for text in record) + "\n" for record in sorted(records))
+
+
 class UnreadableFiles:
     """Reasons by path, with a limit."""
 
@@ -76,7 +82,7 @@ class UnreadableFiles:
         if not new:
             return
         self.reasons.update(new)
-        self._write("".join(f"{path}\t{reason}\n" for path, reason in sorted(self.reasons.items())))
+        self._write(as_lines(self.reasons.items()))
         if len(self.reasons) > self.most:
             path, reason = next(iter(new.items()))
             raise UserError(

@@ -59,9 +59,9 @@ class Stepper:
         self.schedule.apply(state.optimizer, step)
         state.optimizer.zero_grad()
         loss = self._backward(inputs)
-        names = [name for batch in batches for name in self.task.image_names(batch.indices)]
-        self._require_finite("loss", loss, names)
-        norm = self._update(names)
+        indices = [index for batch in batches for index in batch.indices]
+        self._require_finite("loss", loss, indices)
+        norm = self._update(indices)
         self.task.after_step()
         state.step += 1
         return {
@@ -92,22 +92,22 @@ class Stepper:
             return nullcontext()
         return self.model.no_sync()
 
-    def _update(self, names: Sequence[str]) -> float:
+    def _update(self, indices: Sequence[int]) -> float:
         """Clip the gradient and let the optimizer take it; return its norm."""
         scaler, optimizer = self.precision.scaler, self.state.optimizer
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip_norm).item()
         # A scaler leaves such a step out, and lowers its scale.
         if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
-            self._require_finite("gradient", norm, names)
+            self._require_finite("gradient", norm, indices)
         scaler.step(optimizer)
         scaler.update()
         return norm
 
-    def _require_finite(self, what: str, value: float, names: Sequence[str]) -> None:
+    def _require_finite(self, what: str, value: float, indices: Sequence[int]) -> None:
         if not math.isfinite(value):
-            all_names = distributed.everyones(names)
-            shown = ", ".join(all_names[:NAMED]) + (f" and {len(all_names) - NAMED} more" * (len(all_names) > NAMED))
+            names = distributed.everyones(self.task.image_names(indices))
+            shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
             images = f" (images: {shown})" if shown else ""
             raise distributed.shared(
                 UserError(

@@ -72,8 +72,13 @@ def require_weights(path: Path) -> None:
         raise UserError(f"{path}: is {kind}, no file of weights: give the checkpoint that it was exported from")
 
 
-def bare_state(content: Any, where: str) -> dict[str, Tensor]:
+def bare_state(content: Any, where: str, *, shapes_alone: bool = False) -> dict[str, Tensor]:
     """Find the state dict in the content of a checkpoint: the content itself, or under a known entry.
+
+    Args:
+        content: what a file holds, or a state dict.
+        where: the file, for messages.
+        shapes_alone: take tensors on the meta device, which have no values; no file may hold them.
 
     Raises:
         UserError: if there is none.
@@ -83,7 +88,9 @@ def bare_state(content: Any, where: str) -> dict[str, Tensor]:
     while isinstance(content, Mapping) and depth < DEEPEST:
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None and any(isinstance(value, Tensor) for value in content.values()):
-            others = [key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value))]
+            others = [
+                key for key, value in content.items() if not (isinstance(key, str) and _is_plain(value, shapes_alone))
+            ]
             if others:
                 names = ", ".join(map(shown, others[:12]))
                 raise UserError(f"{where}: entries among its tensors that are none, whole and named: {names}")
@@ -163,7 +170,7 @@ def _members(path: Path) -> list[str]:
         return []  # a damaged one, which reading it will say
 
 
-def _is_plain(value: object) -> bool:
+def _is_plain(value: object, shapes_alone: bool) -> bool:
     """Whether it is a tensor as models hold them, whose numbers are all in the file.
 
     A view that repeats a few numbers may have any size: networks of that size would be built for it.
@@ -172,8 +179,7 @@ def _is_plain(value: object) -> bool:
         isinstance(value, Tensor)
         and value.layout == torch.strided
         and not value.is_quantized
-        and not value.is_meta
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        and (shapes_alone if value.is_meta else value.nbytes <= value.untyped_storage().nbytes())
     )
 
 

@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
         WeightsError: for missing or unexpected keys, and for other shapes, with the likely cause.
     """
     if isinstance(source, Mapping):
-        where, state = "the state dict", bare_state(source, "the state dict")
+        where, state = "the state dict", bare_state(source, "the state dict", shapes_alone=True)
     else:
         where, state = str(source), read_state(local_file(source))
     target = model.state_dict()
