@@ -59,9 +59,9 @@ def test_lines_come_every_so_many_steps_with_the_time_left(
 @pytest.mark.parametrize(
     ("seconds", "steps", "first_step", "expected"),
     [
-        (6.0, 100, 0, "expect 10 min: 97 more steps of 6 s, and measuring between"),  # after 10 seconds
+        (6.0, 100, 0, "expect 10 min: 96 more steps of 6 s, and measuring between"),  # after 10 seconds and three steps
         (0.5, 1000, 0, "expect 8 min: 994 more steps of 0.5 s, and measuring between"),  # after five steps
-        (6.0, 100, 50, "expect 5 min: 47 more steps of 6 s, and measuring between"),  # a run that goes on
+        (6.0, 100, 50, "expect 5 min: 46 more steps of 6 s, and measuring between"),  # a run that goes on
         (0.5, 50, 0, None),  # so short that it is over before it is read
     ],
 )

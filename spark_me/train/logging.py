@@ -116,6 +116,8 @@ class _Pace:
 
     STEPS, SECONDS = 5, 10
     """So much of it is measured before the expected time is said, whichever comes first."""
+    LEAST = 3
+    """Steps that are measured all the same: one by itself may be slow for a reason of its own."""
     WORTH_SAYING = 30
     """Seconds."""
 
@@ -135,7 +137,8 @@ class _Pace:
         seconds = (now - self._start) / self._done
         left = self._steps - self._done - 1
         self.seconds_left = left * seconds
-        if self._said or (self._done < self.STEPS and now - self._start < self.SECONDS):
+        enough = self._done >= self.STEPS or now - self._start >= self.SECONDS
+        if self._said or self._done < self.LEAST or not enough:
             return None
         self._said = True
         if self.seconds_left < self.WORTH_SAYING:
