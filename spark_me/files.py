@@ -1,9 +1,13 @@
 """Writing files so that a crash, a kill or a full disk leaves the previous content whole, and where they may lie."""
 
 import errno
+import fcntl
 import json
 import math
 import os
+import re
+import secrets
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,25 +22,117 @@ LONGEST_TEXT = 8192
 """Characters of a text that a name is taken from: decoding may take as many rounds as it has characters."""
 
 
+TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp\.(?P<name>.+)", re.DOTALL)
+"""Names of files that are being written: nobody can guess them, and they end as the files that they become."""
+_open_here: set[Path] = set()
+"""Those that this process is writing."""
+
+
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, alone: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that takes `path`'s place only once it lies complete on the disk.
 
+    It keeps the mode of the file whose place it takes. Of a link, the file that it leads to is replaced. What is no
+    file, such as /dev/stdout or a FIFO, is written straight into.
+
+    Args:
+        path: where to write.
+        alone: refuse if another process is writing the same file; else whoever ends last wins.
+
     Raises:
-        UserError: if the disk is full or the place not writable; `path` is as before.
+        UserError: if another process is writing it, the disk is full or the place not writable; `path` is as before.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        try:
-            with temporary.open("wb") as file:
+        if _is_stream(path):
+            with path.open("wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            return
+        path = Path(os.path.realpath(path)) if path.is_symlink() else path
+        with _temporary(path) as file:
+            if clear_leftovers(path.parent, path.name) and alone:
+                raise UserError(f"{path}: another process is writing it now: wait for its end, or name another file")
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
         _sync_directory(path.parent)
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """Delete what killed processes left of files that they were writing.
+
+    Args:
+        folder: where they were writing.
+        name: of which file; of all when None.
+
+    Returns:
+        What other processes are writing now.
+    """
+    alive = []
+    for entry in list(os.scandir(folder)):
+        match, path = TEMPORARY.fullmatch(entry.name), Path(entry.path)
+        if match is None or name not in (None, match["name"]) or path in _open_here:
+            continue
+        try:
+            # Whoever writes it holds its lock, which is the system's and ends with the process.
+            descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # finished by now, or not ours to write
+            continue
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+        except (BlockingIOError, PermissionError):
+            alive.append(path)
+        except OSError:  # a file system without locks, where nobody can tell
+            continue
+        finally:
+            os.close(descriptor)
+    return alive
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside another one, with its mode and locked; deleted where the block fails."""
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    while True:
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp.{path.name}")
+        _open_here.add(temporary)
+        file = temporary.open("xb")  # never what lies there already, be it a link
+        if _locked(file) and temporary.exists():  # else somebody took it for a leftover, just before
+            break
+        file.close()
+        _open_here.remove(temporary)
+    try:
+        with file:
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            yield file
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        _open_here.remove(temporary)
+
+
+def _locked(file: BinaryIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is there and no file: a device, a FIFO, or another name of what is open, such as /dev/stdout."""
+    if not path.exists():
+        return False
+    place = path.absolute()
+    if place.is_symlink():
+        place = place.parent / os.readlink(place)
+    return not stat.S_ISREG(path.stat().st_mode) or os.path.realpath(place.parent).startswith("/proc/")
 
 
 @contextmanager
@@ -69,10 +165,15 @@ def check_output(path: Path | None, *inputs: str | os.PathLike[str]) -> None:
         return
     if path.is_dir():
         raise UserError(f"{path}: is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"{path}: the folder {path.parent} does not exist: create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path}: the folder {path.parent} is not writable: choose another place")
+    if _is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path}: is not writable: choose another place")
+        return
+    folder = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
+    if not folder.is_dir():
+        raise UserError(f"{path}: the folder {folder} does not exist: create it first")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{path}: the folder {folder} is not writable: choose another place")
     if path.exists():
         for source in inputs:
             if os.path.exists(source) and os.path.samefile(path, source):
