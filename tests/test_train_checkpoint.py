@@ -1,5 +1,6 @@
 """Checkpoints: complete, safe to load, and never lost to a full disk."""
 
+import random
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import write_config, write_images
+from tiny_runs import assert_equal, write_config, write_images
 from torch import nn
 
 from spark_me import build_model, cli
@@ -19,6 +20,7 @@ from spark_me.train import pretraining
 from spark_me.train.checkpoint import (
     TrainState,
     checkpoint_of,
+    checkpoint_path,
     checkpoint_size,
     config_of,
     list_checkpoints,
@@ -26,6 +28,7 @@ from spark_me.train.checkpoint import (
     read_checkpoint,
     require_space,
     restore,
+    step_of,
     write_checkpoint,
 )
 from spark_me.train.optim import build_optimizer
@@ -99,6 +102,85 @@ def test_only_the_newest_are_kept(trained: TrainState, tmp_path: Path) -> None:
     trained.step = 23
 
 
+def test_only_what_is_whole_counts_as_kept(trained: TrainState, tmp_path: Path) -> None:
+    """A damaged checkpoint takes no place of a good one, be it older or, after a run fell back, newer."""
+    for step in (1, 2, 3, 9):
+        trained.step = step
+        save(tmp_path, trained, keep_last=10)
+    flip_bit(checkpoint_path(tmp_path, 3))
+    flip_bit(checkpoint_path(tmp_path, 9))
+    trained.step = 4
+    save(tmp_path, trained, keep_last=2)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [2, 3, 4, 9]
+    trained.step = 5
+    save(tmp_path, trained, keep_last=1)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [5, 9]
+    trained.step = 10
+    save(tmp_path, trained, keep_last=1)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [10]
+    trained.step = 23
+
+
+def test_files_of_other_names_are_no_checkpoints(trained: TrainState, tmp_path: Path) -> None:
+    others = ["step_00000001_keep_me.pt", "step_best.pt", "step_1.pt", "step_000000099.pt", "step_00000099.pt.bak"]
+    for name in others:
+        (tmp_path / name).write_text("the user's")
+    (tmp_path / "step_00000098.pt").mkdir()
+    for step in (5, 123_456_789):
+        trained.step = step
+        save(tmp_path, trained, keep_last=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_123456789.pt"]
+    assert all((tmp_path / name).read_text() == "the user's" for name in others)
+    trained.step = 23
+
+
+def test_any_flipped_bit_of_the_tensors_is_noticed(trained: TrainState, tmp_path: Path) -> None:
+    path = save(tmp_path, trained)
+    whole = path.read_bytes()
+    for place in random.Random(0).sample(range(len(whole)), 20):
+        path.write_bytes(whole)
+        flip_bit(path, place)
+        try:
+            content = read_checkpoint(path)
+        except UserError as error:
+            assert str(path) in str(error)
+        else:  # such as the padding between two entries
+            assert_equal(content["model"], trained.model.state_dict())
+
+
+def flip_bit(path: Path, place: int | None = None) -> None:
+    """One bit, in the middle where the tensors are or at some place."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if place is None else place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("step", "23"),
+        ("step", -1),
+        ("best", "0.5"),
+        ("data", None),
+        ("unreadable", []),
+        ("optimizer", [1]),
+        ("scaler", None),
+        ("config", 7),
+        ("model", {"weight": 1.0}),
+    ],
+)
+def test_entries_that_are_missing_or_of_other_types(
+    trained: TrainState, tmp_path: Path, entry: str, value: object
+) -> None:
+    path = save(tmp_path, trained)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, entry: value}, path)
+    expect_one_line(path, f"its entry {entry} is missing or of another type|its step is negative or its model holds")
+    del content[entry]
+    torch.save(content, path)
+    expect_one_line(path, f"its entry {entry} is missing or of another type: use an earlier checkpoint")
+
+
 def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([0.9, 0.7, 0.8])
     monkeypatch.setattr(pretraining.Pretraining, "evaluate", lambda *_: {"held_out_loss": next(measured)})
@@ -117,7 +199,7 @@ def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: p
 def test_truncated(trained: TrainState, tmp_path: Path, share: float) -> None:
     path = save(tmp_path, trained)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    expect_one_line(path, "is truncated or no checkpoint")
+    expect_one_line(path, "damaged or no checkpoint|is truncated or no checkpoint")
 
 
 def test_missing(tmp_path: Path) -> None:

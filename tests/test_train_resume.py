@@ -81,4 +81,4 @@ def test_killed_and_resumed_equals_undisturbed(config: Path, tmp_path: Path) -> 
     assert "step_00000006.pt, 6 steps done" in output
 
     assert_same_end(killed, calm)
-    assert not list(killed.rglob("*.tmp"))
+    assert not list(killed.rglob("*.tmp.*"))

@@ -74,6 +74,63 @@ def test_children_of_a_run_do_not_keep_its_lock(tmp_path: Path) -> None:
         os.waitpid(child, 0)
 
 
+def test_checkpoint_says_which_configuration_a_run_has(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the directory's own record of it is gone."""
+    assert pretrain(config) == 0
+    (tmp_path / "run" / "config.yaml").unlink()
+    capsys.readouterr()
+    assert pretrain(config, "run.seed=7", "optim.base_lr=0.01", "train.epochs=3") == 2
+    error = capsys.readouterr().err
+    assert "checkpoints: is of another configuration" in error
+    assert "run.seed: 0 → 7" in error and "optim.base_lr: 0.05 → 0.01" in error
+    assert pretrain(config) == 0
+    assert "this run is complete" in capsys.readouterr().out
+
+
+def test_run_goes_on_from_the_newest_checkpoint_that_is_whole(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pretrain(config) == 0
+    expected = tiny_runs.newest(tmp_path / "run")["model"]
+    folder = tmp_path / "run" / "checkpoints"
+    *_, third, second, newest = list_checkpoints(folder)
+    for path, change in ((newest, flip), (second, drop_an_entry)):
+        change(path)
+    assert pretrain(config) == 0
+    out = capsys.readouterr().out
+    assert out.count("skipped a damaged checkpoint") == 2 and f"going on from {third}, 4 steps done" in out
+    tiny_runs.assert_equal(tiny_runs.newest(tmp_path / "run")["model"], expected)
+    for path in list_checkpoints(folder):
+        path.unlink()
+    assert pretrain(config) == 0
+    best = torch.load(folder / "best.pt", weights_only=True)["step"]
+    assert f"{best} steps done" in (out := capsys.readouterr().out) or (best == 8 and "this run is complete" in out)
+
+
+def flip(path: Path) -> None:
+    """A bit of its tensors."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def drop_an_entry(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    del content["optimizer"]
+    torch.save(content, path)
+
+
+def test_what_kills_left_is_cleared_when_a_run_starts(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    for place in (folder.parent / f".{'0' * 16}.tmp.metrics.jsonl", folder / f".{'1' * 16}.tmp.step_00000002.pt"):
+        place.write_text("half")
+    assert pretrain(config) == 0
+    assert not [path for path in folder.parent.rglob("*") if ".tmp" in path.name]
+
+
 def test_numbers_that_are_not_finite_are_never_saved(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -110,7 +110,7 @@ def test_killed_at_random_moments(tmp_path: Path, images: Path, kills: int) -> N
     for directory in (run, tmp_path / "calm"):
         assert pretrain(config, directory) == 0
     assert_same_end(run, tmp_path / "calm")
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.tmp.*"))
 
 
 def test_killed_worker_is_one_line(

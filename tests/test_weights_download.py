@@ -1,5 +1,6 @@
 """Downloads from servers that mean harm: nothing is written but whole checkpoints, and those into the cache alone."""
 
+import hashlib
 import io
 import os
 import re
@@ -17,6 +18,7 @@ import spark_me
 from spark_me.cli import main
 from spark_me.weights import connections, fetch
 from spark_me.weights.download import local_file
+from spark_me.weights.files import read_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +54,11 @@ def written(home: Path) -> list[str]:
     return sorted(set(found) - {"../some.pth", ".local/lib/site-packages/kept.pth"})
 
 
+def cached(url: str, name: str) -> str:
+    """Where the copy of a URL belongs that has no digest in its name."""
+    return f"cache/hub/checkpoints/{hashlib.sha256(url.encode()).hexdigest()[:16]}/{name}"
+
+
 ESCAPES = [
     "a/b/..%2F..%2F..%2F..%2F.local%2Flib%2Fsite-packages%2Fname.pth",
     "a/..%252F..%252F..%252F.local%252Flib%252Fsite-packages%252Fname.pth",
@@ -68,7 +75,7 @@ def test_encoded_slashes_lead_nowhere(server: Server, home: Path, content: bytes
     server.files[name.partition("#")[0]] = content
     path = local_file(server.url(name))
     assert path.read_bytes() == content
-    assert written(home) == ["cache/hub/checkpoints/name.pth"]
+    assert written(home) == [cached(server.url(name), "name.pth")]
 
 
 @pytest.mark.parametrize("name", ["", "a/", "a/..%2F", "a/%2e%2e", "a/.pth", "a/b%2F.x.pth", "a/b%00.pth", "a/b.sh"])
@@ -96,7 +103,7 @@ def test_whole_files_are_kept_whatever_is_announced(server: Server, home: Path, 
 
     server.files["some.pth"] = answer
     assert local_file(server.url("some.pth")).read_bytes() == content
-    assert written(home) == ["cache/hub/checkpoints/some.pth"]
+    assert written(home) == [cached(server.url("some.pth"), "some.pth")]
 
 
 def test_chunked_answers_are_put_together(server: Server, home: Path, content: bytes):
@@ -113,6 +120,31 @@ def in_chunks(content: bytes, *headers: tuple[str, str]):
         handler.wfile.write(b"0\r\n\r\n")
 
     return answer
+
+
+def test_urls_of_one_file_name_are_several_files(server: Server, home: Path, tmp_path: Path):
+    names = ["1/some.pth", "2/some.pth", "some.pth?version=3"]
+    for number, name in enumerate(names):
+        torch.save({"weight": torch.full((3,), float(number))}, tmp_path / "some.pth")
+        server.files[name] = (tmp_path / "some.pth").read_bytes()
+    for _ in range(2):
+        assert [read_state(local_file(server.url(name)))["weight"][0].item() for name in names] == [0, 1, 2]
+    assert server.requests == 3, "each is fetched once"
+
+
+def test_file_with_its_digest_is_shared_with_torch_hub(server: Server, home: Path, content: bytes):
+    name = f"some-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    server.files[f"a/{name}"] = server.files[f"b/{name}"] = content
+    assert local_file(server.url(f"a/{name}")) == local_file(server.url(f"b/{name}"))
+    assert server.requests == 1 and written(home) == [f"cache/hub/checkpoints/{name}"]
+
+
+def test_what_killed_downloads_leave_is_cleared(server: Server, home: Path, content: bytes):
+    place = home / cached(server.url("some.pth"), "some.pth")
+    place.parent.mkdir(parents=True)
+    (place.parent / f".{'0' * 16}.tmp.some.pth").write_bytes(content[:1000])
+    server.files["some.pth"] = content
+    assert local_file(server.url("some.pth")) == place and os.listdir(place.parent) == ["some.pth"]
 
 
 @pytest.mark.parametrize("when", ["before its head", "in its head", "after its head", "in its content"])
@@ -252,7 +284,7 @@ def test_files_keep_the_name_that_was_asked_for(server: Server, home: Path, cont
     url = server.url("stored/..%2F..%2Fother.pth")
     server.files["some.pth"] = lambda handler: handler.begin(302, ("Location", url))
     assert local_file(server.url("some.pth")).read_bytes() == content
-    assert written(home) == ["cache/hub/checkpoints/some.pth"]
+    assert written(home) == [cached(server.url("some.pth"), "some.pth")]
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped."""
 
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -19,12 +21,27 @@ import spark_me
 from spark_me.config import AnyConfig, Config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
-from spark_me.weights.files import require_weights
+from spark_me.weights.files import require_sound, require_weights
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
 FORMAT_VERSION = 2
 BEST = "best.pt"
+NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})\.pt")
+ENTRIES: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    PRETRAIN: {
+        "config": str,
+        "model": dict,
+        "optimizer": dict,
+        "scaler": dict,
+        "step": int,
+        "best": (float, int, type(None)),
+        "data": str,
+        "unreadable": dict,
+    },
+    FINETUNE: {"classes": list, "ema": (dict, type(None))},
+}
+"""Types of the entries that are read again: of all tasks, and those that fine-tuning adds."""
 
 
 @dataclass
@@ -148,7 +165,10 @@ def bytes_text(number: float) -> str:
 
 
 def write_checkpoint(folder: Path, content: dict[str, Any], *, keep_last: int, best: bool = False) -> Path:
-    """Write `step_N.pt` atomically, then delete all but the newest `keep_last`; with `best`, write best.pt before.
+    """Write `step_N.pt` atomically, then delete older ones; with `best`, write best.pt before.
+
+    Kept are the newest `keep_last` that are whole. What has more steps is damaged, or this run would have gone on from
+    it: it counts for nothing, and is overwritten or deleted once the run has come that far.
 
     Raises:
         UserError: if it cannot be written; earlier checkpoints are untouched.
@@ -160,11 +180,15 @@ def write_checkpoint(folder: Path, content: dict[str, Any], *, keep_last: int, b
             with atomic_write(place) as file:
                 torch.save(content, file)
     except UserError as error:
-        kept = list_checkpoints(folder)
+        kept = list_checkpoints(folder, up_to=content["step"] - 1)
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no earlier checkpoint"
         raise UserError(f"{error}; {last}: the same command goes on from it") from None
-    for old in list_checkpoints(folder)[:-keep_last]:
-        old.unlink()
+    whole = 1
+    for older in reversed(list_checkpoints(folder, up_to=content["step"] - 1)):
+        if whole == keep_last:
+            older.unlink(missing_ok=True)
+        elif _is_whole(older):
+            whole += 1
     return path
 
 
@@ -178,19 +202,41 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, oldest first; without the best."""
-    return sorted(folder.glob("step_*.pt"))
+def list_checkpoints(folder: Path, *, up_to: int | None = None) -> list[Path]:
+    """Checkpoints in a folder, oldest first; without the best, and without whatever has another name.
+
+    Args:
+        folder: need not be there.
+        up_to: the most steps that they have.
+    """
+    found = [path for path in folder.glob("step_*.pt") if NAME.fullmatch(path.name) and path.is_file()]
+    return sorted((path for path in found if up_to is None or step_of(path) <= up_to), key=step_of)
+
+
+def _is_whole(path: Path) -> bool:
+    file = path.stat()
+    return _is_sound(path, (file.st_ino, file.st_size, file.st_mtime_ns))
+
+
+@lru_cache(maxsize=64)
+def _is_sound(path: Path, version: tuple[int, ...]) -> bool:
+    """Asked once of each file, whose checksums take as long as reading it."""
+    try:
+        require_sound(path)
+    except UserError:
+        return False
+    return True
 
 
 def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
     """Load a task's checkpoint on the CPU, without running any code that it may hold.
 
     Raises:
-        UserError: if it is missing, truncated, or not written by this program.
+        UserError: if it is missing, damaged anywhere, or not written by this program.
     """
     try:
         require_weights(path)
+        require_sound(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint: check the path") from None
@@ -202,13 +248,16 @@ def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
         raise UserError(f"{path}: is a checkpoint of `spark-me {found}`, where one of `spark-me {task}` is needed")
     if found != task:
         raise UserError(f"{path}: is no checkpoint of spark-me {task}: give one from a run's checkpoints/ folder")
-    if not isinstance(content.get("config"), str) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path}: lacks its configuration or its weights: use an earlier checkpoint")
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: has format {version}, this version reads {FORMAT_VERSION}: use the spark_me it is from"
         )
+    for name, types in {**ENTRIES[PRETRAIN], **ENTRIES[task]}.items():
+        if not isinstance(content.get(name, NotImplemented), types):
+            raise UserError(f"{path}: its entry {name} is missing or of another type: use an earlier checkpoint")
+    if content["step"] < 0 or not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
+        raise UserError(f"{path}: its step is negative or its model holds more than tensors: use an earlier checkpoint")
     return content
 
 

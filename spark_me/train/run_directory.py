@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
-from spark_me.files import check_output_folder, write_text, writing
+from spark_me.files import check_output_folder, clear_leftovers, write_text, writing
 from spark_me.train import distributed
-from spark_me.train.checkpoint import list_checkpoints, read_checkpoint, step_of
+from spark_me.train.checkpoint import BEST, list_checkpoints, read_checkpoint, step_of
 
 # What may change when a run goes on in another directory from a checkpoint that is named: never what decides which
 # images step N sees.
@@ -58,6 +58,9 @@ class RunDirectory:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self._acquire()
+            for folder in (self.path, self.checkpoints):
+                if folder.is_dir():
+                    clear_leftovers(folder)
         try:
             yield
         finally:
@@ -130,10 +133,18 @@ class RunDirectory:
         if resume == "never":
             return None
         if resume == "auto":
-            return self._newest_that_loads(task)
+            found = self._newest_that_loads(task)
+            # config.yaml may be gone, or a checkpoint be of another directory.
+            different = [] if found is None else _differences(*found, config)
+            if different:
+                raise UserError(
+                    f"{self.checkpoints}: is of another configuration ({'; '.join(different)}): choose another "
+                    "run.dir, or go back to that configuration"
+                )
+            return found
         path = Path(resume)
         content = read_checkpoint(path, task)
-        different = differing_keys(parse_config(content["config"], str(path), type(config)), config)
+        different = _differences(path, content, config)
         fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
         if fixed:
             raise UserError(f"{path}: is of another run ({'; '.join(fixed)}): use its configuration for these keys")
@@ -143,7 +154,9 @@ class RunDirectory:
         return path, content
 
     def _newest_that_loads(self, task: str) -> tuple[Path, dict[str, Any]] | None:
-        paths = list_checkpoints(self.checkpoints)
+        best = self.checkpoints / BEST
+        # The best one goes on as well as any, if it is all that is left.
+        paths = [*([best] if best.is_file() else []), *list_checkpoints(self.checkpoints)]
         for path in reversed(paths):
             try:
                 return path, read_checkpoint(path, task)
@@ -152,3 +165,7 @@ class RunDirectory:
         if paths:
             raise UserError(f"{self.checkpoints}: none of {len(paths)} checkpoints loads: choose another run.dir")
         return None
+
+
+def _differences(path: Path, content: dict[str, Any], config: AnyConfig) -> list[str]:
+    return differing_keys(parse_config(content["config"], str(path), type(config)), config)

@@ -116,7 +116,7 @@ class Trainer:
 
     def _lost(self) -> str:
         """What is gone when a run is broken off."""
-        saved = list_checkpoints(self.run.checkpoints)
+        saved = list_checkpoints(self.run.checkpoints, up_to=self.state.step)
         lost = self.state.step - (step_of(saved[-1]) if saved else 0)
         since = f"since {saved[-1]}" if saved else "since the beginning"
         steps = f"{lost} step{'' if lost == 1 else 's'} {since} lost" if lost else f"nothing is lost {since}"

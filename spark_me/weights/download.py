@@ -1,15 +1,15 @@
 """Published files from the web, through torch.hub's cache; only whole and untampered files get there."""
 
+import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 
 from spark_me.errors import UserError
-from spark_me.files import file_in, writing
+from spark_me.files import atomic_write, file_in, writing
 from spark_me.weights.fetch import fetch, require_web
 from spark_me.weights.files import SUFFIXES, read_state, sha256_of
 
@@ -30,7 +30,7 @@ def local_file(source: str | os.PathLike[str]) -> Path:
     if not (isinstance(source, str) and is_url(source)):
         return Path(source)
     require_web(source)
-    path = file_in(Path(torch.hub.get_dir()) / "checkpoints", urlsplit(source).path, SUFFIXES)
+    path = _place(source)
     match = HASH_PREFIX.search(path.name)
     prefix = match[1] if match else None
     if not path.is_file():
@@ -45,21 +45,37 @@ def is_url(source: str) -> bool:
     return ADDRESS.match(source) is not None
 
 
+def _place(url: str) -> Path:
+    """Where the copy of a URL belongs.
+
+    The name of a file whose digest is in it says all, so torch.hub's own copy serves. Any other name may be that of
+    several files, so that it lies in a folder of its URL's.
+
+    Raises:
+        UserError: if the URL names no file of weights.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = file_in(folder, urlsplit(url).path, SUFFIXES)
+    if HASH_PREFIX.search(path.name):
+        return path
+    return file_in(folder / hashlib.sha256(url.encode(errors="surrogateescape")).hexdigest()[:16], path.name, SUFFIXES)
+
+
 def _download(url: str, path: Path, prefix: str | None) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
-            part = Path(folder) / path.name
-            fetch(url, part)
-            if prefix and not sha256_of(part).startswith(prefix):
-                raise UserError(
-                    f"{url}: the download is cut off or tampered with (its SHA-256 does not start with {prefix}, as "
-                    "its name says); nothing was kept"
-                )
-            # Without a hash in its name a cut-off file would pass: read it before it enters the cache.
-            try:
-                read_state(part)
-            except UserError as error:
-                reason = str(error).replace(str(part), part.name)
-                raise UserError(f"{url}: the download was not kept: {reason}") from error
-            os.replace(part, path)
+    # Others may fetch the same at the same time: all are whole.
+    with atomic_write(path, alone=False) as file:
+        fetch(url, file, path.name)
+        part = Path(file.name)
+        if prefix and not sha256_of(part).startswith(prefix):
+            raise UserError(
+                f"{url}: the download is cut off or tampered with (its SHA-256 does not start with {prefix}, as its "
+                "name says); nothing was kept"
+            )
+        # Without a hash in its name a cut-off file would pass: read it before it enters the cache.
+        try:
+            read_state(part)
+        except UserError as error:
+            reason = str(error).replace(str(part), path.name)
+            raise UserError(f"{url}: the download was not kept: {reason}") from error

@@ -8,8 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.message import Message
-from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 
@@ -45,8 +44,13 @@ def require_web(url: str) -> None:
         raise UserError(f"{url}: is no URL (it names no host): correct it, or give the path of a file")
 
 
-def fetch(url: str, path: Path) -> None:
-    """Write what a URL holds to a new file, with a progress bar on a terminal where tqdm is installed.
+def fetch(url: str, file: BinaryIO, name: str) -> None:
+    """Write what a URL holds to an open file, with a progress bar on a terminal where tqdm is installed.
+
+    Args:
+        url: of the web.
+        file: on the disk, empty.
+        name: for the bar.
 
     Raises:
         UserError: if it cannot be had whole, its server stops sending, or it is larger than announced, than the disk
@@ -60,17 +64,16 @@ def fetch(url: str, path: Path) -> None:
             quote(url, safe=string.punctuation), headers={"User-Agent": "spark_me", "Accept-Encoding": "identity"}
         )
         response: BoundedResponse = _opener().open(request, timeout=TIMEOUT)
-    with response, path.open("wb") as file:
+    with response:
         announced = _announced(response.headers)
-        free = shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(os.path.dirname(file.name)).free
         if announced is not None and announced > free:
             raise UserError(f"{url}: has {announced} bytes, the disk has {free} left: free space, or set TORCH_HOME")
-        with _progress(path.name, announced) as advance:
+        with _progress(name, announced) as advance:
             for block in _blocks(response, announced, url):
                 file.write(block)
                 advance(len(block))
         file.flush()
-        os.fsync(file.fileno())
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
