@@ -1,5 +1,8 @@
 import os
 import pickle
+import random
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -8,7 +11,15 @@ from safetensors import safe_open
 from torch import nn
 
 from spark_me.errors import UserError
-from spark_me.weights.files import bare_state, read_card, read_state, sha256_of, write_state
+from spark_me.weights.files import (
+    bare_state,
+    read_card,
+    read_content,
+    read_state,
+    require_sound,
+    sha256_of,
+    write_state,
+)
 from spark_me.weights.layouts import LAYOUTS
 
 CARD = {"source": "a.pth", "encoder": "resnet18"}
@@ -188,3 +199,94 @@ def test_exported_programs_are_called_that(tmp_path, suffix):
     torch.onnx.export(network, (torch.zeros(1, 2),), path, dynamo=True)
     with pytest.raises(UserError, match=r"x.onnx: is an ONNX program, no file of weights"):
         read_state(path)
+
+
+def flipped(content, bit):
+    damaged = bytearray(content)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+def bits_to_flip(content, flips, seed):
+    """Half of them anywhere, half in the records at the end, which tell readers where everything lies."""
+    generator = random.Random(seed)
+    directory = content.index(b"PK\1\2")
+    starts = [0] * (flips // 2) + [directory] * (flips - flips // 2)
+    return [generator.randrange(8 * start, 8 * len(content)) for start in starts]
+
+
+def assert_same(actual, expected):
+    assert type(actual) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    else:
+        assert actual == expected
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "official", "checkpoint"])
+def test_no_flipped_bit_loads_with_other_values(tmp_path, layout):
+    path = tmp_path / "x.pth"
+    if layout == "checkpoint":
+        state = {f"{name}.{entry}": torch.randn(20) for name in "ab" for entry in ("weight", "exp_avg")}
+        torch.save({"model": state, "step": 7, "config": "optim: {base_lr: 0.1}", "best": 0.5}, path)
+    else:
+        write_state(path, some_state(), next(each for each in LAYOUTS if each.name == layout), CARD)
+    content, expected = path.read_bytes(), read_content(path)
+    refused = 0
+    for bit in bits_to_flip(content, flips=300, seed=0):
+        path.write_bytes(flipped(content, bit))
+        try:
+            read = read_content(path)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+        else:
+            assert_same(read, expected)
+    assert refused > 150
+
+
+def zip_of(path, entries, method=zipfile.ZIP_STORED):
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as archive:
+        warnings.simplefilter("ignore")  # of two entries of one name
+        for name, content in entries:
+            archive.writestr(name, content)
+
+
+def marked_as_a_folder(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 38] |= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda path: zip_of(path, [("a/data/0", bytes(1 << 20))], zipfile.ZIP_DEFLATED), "holds compressed entries"),
+        (lambda path: zip_of(path, [("a/data/0", b"x"), ("A/DATA/0", b"y")]), "two entries of one name"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "does not end where its archive does"),
+        (marked_as_a_folder, "data.pkl is marked as a folder"),
+        (lambda path: path.write_bytes(path.read_bytes().replace(bytes(400), bytes(399) + b"x")), "checksum"),
+    ],
+)
+def test_archives_that_torch_does_not_write_are_refused(tmp_path, damage, problem):
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(100)}, path)
+    require_sound(path)
+    damage(path)
+    with pytest.raises(UserError, match=f"x.pth: damaged or no checkpoint .*{problem}.*: fetch or write it again"):
+        require_sound(path)
+
+
+def test_entries_that_share_their_bytes_are_refused(tmp_path):
+    """As in archives of kilobytes that grow to gigabytes."""
+    path = tmp_path / "x.pth"
+    zip_of(path, [("a", bytes(1000)), ("b", b"")])
+    content = path.read_bytes()
+    first, second = (content.index(b"PK\1\2", start) for start in (0, content.index(b"PK\1\2") + 4))
+    path.write_bytes(content[:second] + content[first : first + 46] + b"b" + content[second + 47 :])
+    with pytest.raises(UserError, match="its entries lie over each other"):
+        require_sound(path)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ DEEPEST = 8
 """Entries that are looked for within each other; a file may hold one that holds itself."""
 CARD = "spark_me"
 """Where a .pth file keeps its model card."""
+ARCHIVE_ERRORS = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error)
+"""What Python raises for damaged archives."""
+END = struct.Struct("<4s4H2LH")
+"""An archive's last record, which ends with the length of a comment behind it."""
+END_MARK = b"PK\5\6"
+FOLDER = 0x10
+"""The attribute by which an archive's entry says that it is one."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -47,6 +54,7 @@ def read_content(path: Path) -> Any:
     if not is_file(path):
         raise UserError(f"{path}: no such file")
     require_weights(path)
+    require_sound(path)
     if path.suffix == SAFETENSORS:
         load_file = _safetensors().load_file
         return _reading(path, lambda: load_file(path))
@@ -60,16 +68,41 @@ def require_weights(path: Path) -> None:
         UserError: saying what the file is.
     """
     kind = None
-    if zipfile.is_zipfile(path):
-        names = _members(path)
-        if any("/code/" in name for name in names):
-            kind = "a TorchScript program"
-        elif any(name.endswith(("/archive_format", "/models/model.json")) for name in names):
-            kind = "a program of torch.export"
+    names = _members(path)
+    if any("/code/" in name for name in names):
+        kind = "a TorchScript program"
+    elif any(name.endswith(("/archive_format", "/models/model.json")) for name in names):
+        kind = "a program of torch.export"
     elif path.suffix == ".onnx":
         kind = "an ONNX program"
     if kind is not None:
         raise UserError(f"{path}: is {kind}, no file of weights: give the checkpoint that it was exported from")
+
+
+def require_sound(path: Path) -> None:
+    """Verify the archive that torch.save writes, before torch takes it as it is: torch checks no checksum.
+
+    Every CRC-32 is computed. Whatever lets two readers of archives see different ones is refused, as are entries
+    that would grow when they are read. Files of other kinds pass: .safetensors and what torch wrote before 1.6 have no
+    checksums.
+
+    Args:
+        path: a file that is there; some megabytes of it are in memory at a time.
+
+    Raises:
+        UserError: in one line, if the archive is damaged, or none that torch writes.
+        OSError: if it cannot be opened.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # what torch, too, goes by
+            return
+        size = file.seek(0, os.SEEK_END)
+        try:
+            problem = _problem_of(file, size)
+        except (*ARCHIVE_ERRORS, OSError, RuntimeError) as error:  # the last for what is encrypted
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+    if problem is not None:
+        raise UserError(f"{path}: damaged or no checkpoint ({shown(problem, 200)}): fetch or write it again")
 
 
 def bare_state(content: Any, where: str, *, shapes_alone: bool = False) -> dict[str, Tensor]:
@@ -163,11 +196,33 @@ def sha256_of(path: Path) -> str:
 
 
 def _members(path: Path) -> list[str]:
+    """Names in an archive; none if it is no whole one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error):
-        return []  # a damaged one, which reading it will say
+    except ARCHIVE_ERRORS:
+        return []
+
+
+def _problem_of(file: BinaryIO, size: int) -> str | None:
+    """What is wrong with an archive of `size` bytes, in words."""
+    file.seek(max(0, size - END.size))
+    mark, *_, comment = END.unpack(file.read(END.size))
+    if mark != END_MARK or comment:  # a comment may hold a second directory
+        return "it does not end where its archive does"
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if len({entry.orig_filename.lower() for entry in entries}) < len(entries):  # torch finds them in either case
+            return "it holds two entries of one name"
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                return f"it holds compressed entries, which torch does not write: {entry.filename}"
+            if entry.external_attr & FOLDER:  # torch would leave their memory as it finds it
+                return f"its entry {entry.filename} is marked as a folder"
+        if sum(entry.file_size for entry in entries) > size or min(entry.header_offset for entry in entries) != 0:
+            return "its entries lie over each other"
+        damaged = archive.testzip()
+        return None if damaged is None else f"the checksum of its entry {damaged} is wrong"
 
 
 def _is_plain(value: object, shapes_alone: bool) -> bool:
