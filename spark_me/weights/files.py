@@ -55,8 +55,11 @@ def read_content(path: Path) -> Any:
     """
     if not is_file(path):
         raise UserError(f"{path}: no such file")
-    require_weights(path)
-    require_sound(path)
+    try:
+        require_weights(path)
+        require_sound(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its mode, or give another file") from None
     if path.suffix == SAFETENSORS:
         package = _safetensors()
         return _reading(path, lambda: _load_safetensors(package, path))
@@ -172,7 +175,11 @@ def read_card(path: Path) -> dict[str, str]:
             metadata = dict(file.metadata() or {})
         return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
     content = read_content(path)
-    return dict(content.get(CARD) or getattr(content, "_metadata", {}).get(CARD) or {})
+    for place in (content, getattr(content, "_metadata", None)):
+        card = place.get(CARD) if isinstance(place, Mapping) else None
+        if isinstance(card, Mapping):
+            return dict(card)
+    return {}
 
 
 def check_target(path: Path, *inputs: str | os.PathLike[str]) -> None:
