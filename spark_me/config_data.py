@@ -1,5 +1,6 @@
 """The section `data` of a configuration: its keys with type, default and meaning, and the ranges of their values."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -12,6 +13,8 @@ DATA_KINDS = (*FILE_KINDS, "webdataset", "huggingface", "demo")
 INTERPOLATIONS = ("bicubic", "bilinear")
 PIPE = "pipe:"
 """What a shard begins with that is the output of a command."""
+_MAY_BE_PIPE = re.compile(r"pipe:|[^/]*[{\\$].*:", re.DOTALL)
+"""Of one of several patterns; braces, backslashes and variables may hide how the names begin."""
 # Mean and deviation of ImageNet in RGB, and of their average.
 STATISTICS = {3: ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), 1: ([0.449], [0.226])}
 
@@ -34,8 +37,11 @@ class DataConfig:
     photos are scikit-image's. Example: webdataset."""
     root: str | None = None
     """Where the images are: the folder; the text file for kind list (its paths are relative to it); shards with brace
-    patterns for kind webdataset, local or `pipe:COMMAND`; the name or folder for kind huggingface; null for kind demo.
-    Example: /path/to/images."""
+    patterns for kind webdataset, local or `pipe:COMMAND` (see allow_pipe); the name or folder for kind huggingface;
+    null for kind demo. Example: /path/to/images."""
+    allow_pipe: bool = False
+    """Let `pipe:COMMAND` in root run its command. Only for the command line: no file may set it, and a run that goes on
+    needs it again."""
     val_root: str | None = None
     """Another root whose images are held out of training to measure the loss on. Shards must be local; null for kinds
     imagenet, huggingface and demo. Example: /path/to/other/images."""
@@ -77,6 +83,11 @@ class DataConfig:
     """Share of the images that may be unreadable (skipped and listed) before the run stops."""
 
 
+def may_run_commands(root: str) -> bool:
+    """Whether any of the shards that a pattern stands for may begin with `pipe:`, however it is written."""
+    return any(_MAY_BE_PIPE.match(part) for part in root.split("::"))  # as webdataset splits it
+
+
 def statistics_of(data: Statistics, channels: int) -> tuple[list[float] | None, list[float] | None]:
     """Mean and deviation per channel, given or ImageNet's; None where it has none for so many channels."""
     mean, std = STATISTICS.get(channels, (None, None))
@@ -105,7 +116,7 @@ def _place_rules(data: DataConfig) -> Iterator[Rule]:
     yield "data.root", not demo or data.root is None, "must be null for data.kind=demo, which has its own photos"
     own = data.kind in ("demo", "imagenet", "huggingface")
     yield "data.val_root", not own or data.val_root is None, f"must be null for data.kind={data.kind}"
-    pipe = data.val_root is not None and PIPE in data.val_root
+    pipe = data.val_root is not None and may_run_commands(data.val_root)
     yield "data.val_root", not pipe, "must be local shards, which can be read in any order"
     yield "data.split", hub or data.split == "train", "is for data.kind=huggingface"
     yield "data.val_split", hub or data.val_split is None, "is for data.kind=huggingface"
@@ -116,8 +127,11 @@ def _place_rules(data: DataConfig) -> Iterator[Rule]:
     yield "data.image_key", data.image_key is None or shards or hub, "is for data.kind=webdataset and huggingface"
     yield "data.samples", data.samples is None or shards, "is for data.kind=webdataset"
     yield "data.samples", data.samples is None or data.samples >= 1, "must be null or at least 1"
-    counted = not (shards and data.samples is None and PIPE in str(data.root))
+    pipe = shards and may_run_commands(data.root or "")
+    counted = not pipe or data.samples is not None
     yield "data.samples", counted, "must say how many images the shards hold, as pipes cannot be counted beforehand"
+    allowed = "must be true, as data.root runs commands: read them, then add data.allow_pipe=true on the command line"
+    yield "data.allow_pipe", not pipe or data.allow_pipe, allowed
     yield "data.shuffle_buffer", data.shuffle_buffer >= 1, "must be at least 1"
 
 

@@ -134,6 +134,7 @@ class Config:
 # Keys that change neither the weights a run arrives at nor the pictures of it: a resumed run may change them.
 FREE_KEYS = frozenset(
     {
+        "data.allow_pipe",
         "data.workers",
         "data.cache",
         "data.max_unreadable",

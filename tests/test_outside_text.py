@@ -185,6 +185,19 @@ def hostile_contents() -> dict[str, object]:
         "an entry that holds itself": endless,
         "channels that take all memory": {**resnet, "conv1.weight": torch.zeros(1).expand(64, 10**11, 7, 7)},
         "classes that take all memory": {**resnet, "fc.weight": torch.zeros(1).expand(10**11, 512)},
+        **{
+            f"weights of {kind}": {**resnet, "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3).to(kind)}
+            for kind in (torch.int32, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
+        },
+        "a counter of complex numbers": {**resnet, "bn1.num_batches_tracked": torch.tensor(1j)},
+        **{
+            f"weights that are {value}": {**resnet, "bn1.bias": torch.full((64,), value)}
+            for value in (float("nan"), float("inf"))
+        },
+        "weights without values": {**resnet, "bn1.bias": torch.zeros(64, device="meta")},
+        "sparse weights": {**resnet, "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3).to_sparse()},
+        "images of 64,000 pixels": {**ours, "config": "model: {image_size: [64000, 64000]}\ndata: {}"},
+        "test images of 64,000 pixels": {**ours, "config": "model: {}\ndata: {test_resize: 64000, test_crop: 64000}"},
         "shapes": {**resnet, "conv1.weight": torch.zeros([1] * 60), "bn1.weight": torch.zeros(0)},
         "a configuration that is none": {**ours, "config": f"{ESCAPES}: ["},
         "a configuration of other types": {
@@ -200,7 +213,7 @@ def hostile_contents() -> dict[str, object]:
 def test_contents_of_files(place: Place, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = place.out / "hostile.pt"
     torch.save(hostile_contents()[what], path)
-    of_ours = what.startswith(("a configuration", "classes that are none"))
+    of_ours = what.startswith(("a configuration", "images of", "test images", "classes that are none"))
     for entry in ["load_classifier", "predict", "evaluate"] if of_ours else ENTRIES:
         assert "hostile.pt" in assert_one_line(place, entry, str(path), capsys)
 

@@ -1,7 +1,6 @@
 """`spark-me bench`: refuse what does not fit, measure, print, write."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from spark_me.benchmark.plot import draw_sweep
 from spark_me.benchmark.report import format_largest, format_report, format_sweep
 from spark_me.benchmark.sweep import SWEEPS, cases_of, sweep
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, check_output, write_text
+from spark_me.files import atomic_write, check_output, write_json
 
 
 def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> None:
@@ -38,7 +37,7 @@ def bench(case: Case, scope: str, json_file: Path | None, **options: Any) -> Non
         report = measure(case, scopes, advance=progress.advance, **options)
     print(format_report(report))
     if json_file is not None:
-        _write_json(json_file, dataclasses.asdict(report))
+        write_json(json_file, dataclasses.asdict(report))
 
 
 def bench_sweep(
@@ -74,7 +73,7 @@ def bench_sweep(
     with _Progress(len(values) * count_units(case, scopes, **options)) as progress:
         for result in sweep(case, name, values, scopes, advance=progress.advance, **options):
             if json_file is not None:
-                _write_json(json_file, result.as_dict())
+                write_json(json_file, result.as_dict())
     print(format_sweep(result))
     if plot_file is not None:
         with atomic_write(plot_file) as file:
@@ -98,7 +97,7 @@ def bench_largest(case: Case, scope: str, json_file: Path | None, backends: Sequ
         result = find_largest_batches(case, scope, backends, progress.advance)
     print(format_largest(result))
     if json_file is not None:
-        _write_json(json_file, dataclasses.asdict(result))
+        write_json(json_file, dataclasses.asdict(result))
 
 
 class _Progress:
@@ -123,7 +122,3 @@ class _Progress:
 
 def _scopes(scope: str) -> tuple[str, ...]:
     return SCOPES if scope == "both" else (scope,)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

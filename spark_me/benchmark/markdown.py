@@ -23,7 +23,10 @@ def markdown_of(files: Sequence[Path]) -> str:
     Raises:
         UserError: if a file is no measurement of one case.
     """
-    contents = [_read(file) for file in files]
+    return _markdown([_read(file) for file in files])
+
+
+def _markdown(contents: Sequence[dict[str, Any]]) -> str:
     timed = [content for content in contents if "scopes" in content]
     lines = list(dict.fromkeys(_machine(content) for content in contents))
     notes = []
@@ -43,11 +46,16 @@ def markdown_of(files: Sequence[Path]) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not readable ({error}): give files that `spark-me bench --json` wrote") from None
     if not isinstance(content, dict) or not {"machine", "case"} <= set(content):
         raise UserError(f"{file}: not of one case: give files that `spark-me bench --json` wrote without --sweep")
+    try:
+        _markdown([content])
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file}: is no measurement ({reason}): measure again by `spark-me bench --json`") from None
     return content
 
 

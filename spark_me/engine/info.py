@@ -4,7 +4,7 @@ from pathlib import Path
 
 from spark_me.engine import ENGINE_NAME, ENGINE_VERSION
 from spark_me.engine.blas import find_blas
-from spark_me.engine.cache import cache_dir
+from spark_me.engine.cache import cache_dir, is_as_built
 from spark_me.engine.headers import fetched_headers, has_python_headers
 from spark_me.engine.packages import installed_version
 from spark_me.engine.record import installed_record, record_of
@@ -46,7 +46,8 @@ def _cached() -> list[tuple[str, str]]:
 
 
 def _describe(wheel: Path) -> str:
-    return f"{wheel.parent.name}  {wheel.name}  {wheel.stat().st_size / 1e6:.0f} MB"
+    state = "" if is_as_built(wheel) else ", not as it was built or without a digest: would be built again"
+    return f"{wheel.parent.name}  {wheel.name}  {wheel.stat().st_size / 1e6:.0f} MB{state}"
 
 
 def _planned() -> list[tuple[str, str]]:

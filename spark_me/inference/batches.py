@@ -67,7 +67,12 @@ def over_images(
     if not rows:
         path, reason = unreadable[0]
         raise UserError(f"none of {len(paths)} images is readable; the first is {path} ({reason})")
-    return Results(torch.cat(rows), places, unreadable)
+    results = torch.cat(rows)
+    bad = (~results.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        first = printable(str(paths[places[bad[0]]]))
+        print(f"spark-me: {len(bad)} of {len(results)} images give no finite numbers, first {first}", file=sys.stderr)
+    return Results(results, places, unreadable)
 
 
 def find_images(arguments: Iterable[Path]) -> Paths:

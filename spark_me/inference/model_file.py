@@ -19,9 +19,10 @@ from spark_me.weights.canonical import Weights, from_canonical, part_of, to_cano
 from spark_me.weights.download import is_url, local_file
 from spark_me.weights.files import bare_state, read_content
 from spark_me.weights.models import PUBLISHED, build_network, list_models
+from spark_me.weights.strict import require_numbers
 
-LARGEST_SIDE = 1 << 14
-"""Pixels of a test image's side: no network is trained on more, and they must fit into the memory."""
+LARGEST_SIDE, LARGEST_AREA = 4096, 1 << 20
+"""Pixels of a test image's side and of all of it: a batch must fit into the memory, whatever a file says."""
 OURS = "spark_me."
 """How the format of the trainer's checkpoints begins. Of each version, what is needed is checked by itself."""
 
@@ -82,7 +83,9 @@ def read_model(source: str | os.PathLike[str], *, raw: bool = False) -> ModelFil
     address = _address(source)
     content = read_content(local_file(address))
     ours = isinstance(content, Mapping) and str(content.get("format", "")).startswith(OURS)
-    weights = to_canonical(_state(content, ours and not raw, where), where)
+    state = _state(content, ours and not raw, where)
+    require_numbers(state, where)
+    weights = to_canonical(state, where)
     channels = weights.tensors[FAMILY_OF[weights.encoder].image_weight].shape[1]
     if not ours:
         return ModelFile(where, address, weights, None, _recipe_view(weights.encoder, channels, where))
@@ -164,7 +167,10 @@ def _configured_view(config: Mapping[str, Any], channels: int, where: str) -> Vi
         return crop_view(settings, channels, resize, crop)
     if _are_sides(size):
         return View(channels, settings, (size[0], size[1]), CentreCrop(size, settings.interpolation))
-    raise UserError(f"{where}: says neither data.test_crop nor model.image_size: use the spark_me it is from")
+    raise UserError(
+        f"{where}: says neither data.test_crop nor model.image_size, of {LARGEST_AREA} pixels at most: use another "
+        "checkpoint"
+    )
 
 
 def _are_numbers(values: Any, count: int) -> bool:
@@ -172,4 +178,5 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _are_sides(values: Any) -> bool:
-    return _are_numbers(values, 2) and all(isinstance(value, int) and 0 < value <= LARGEST_SIDE for value in values)
+    whole = _are_numbers(values, 2) and all(isinstance(value, int) and 0 < value <= LARGEST_SIDE for value in values)
+    return whole and values[0] * values[1] <= LARGEST_AREA

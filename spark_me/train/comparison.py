@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spark_me.config import FinetuneConfig, differing_keys, parse_config, to_yaml
 from spark_me.errors import UserError
-from spark_me.files import write_text, writing
+from spark_me.files import write_json, writing
 from spark_me.weights.files import sha256_of
 
 PRETRAINED, FROM_SCRATCH = "pretrained", "scratch"
@@ -89,7 +89,7 @@ class Comparison:
         content = {"config": to_yaml(self._config), "weights_sha256": self._digest, "trials": trials}
         with writing(self._path):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._path, json.dumps(content, indent=2) + "\n")
+        write_json(self._path, content)
 
     def rows(self, fractions: Sequence[float], seeds: Sequence[int]) -> list[Row]:
         """One for each part of the labels, all of whose runs are finished."""
@@ -110,8 +110,11 @@ class Comparison:
             content = json.loads(self._path.read_text(encoding="utf-8"))
             other = parse_config(content["config"], str(self._path), FinetuneConfig)
             self._trials = [Trial(**trial) for trial in content["trials"]]
+            figures = [(trial.fraction, trial.seed, trial.images, trial.top1) for trial in self._trials]
+            if not all(type(figure) in (int, float) for trial in figures for figure in trial):
+                raise TypeError("figures that are no numbers")
             digest = content["weights_sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self._path}: cannot be read ({error}): choose another run.dir") from None
         different = differing_keys(other, self._config)
         if different:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from spark_me.train.board import Board
 from spark_me.train.data_wait import DataWait
 from spark_me.train.metrics import MetricsFile
 from spark_me.train.run_directory import RunDirectory
@@ -39,8 +39,6 @@ class RunLog:
         self.log_every = log_every
         self.print_every = print_every
         self._metrics = MetricsFile(run.metrics, first_step)
-        # Events of steps that a resumed run does again are hidden by the purge.
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=first_step + 1)
         # What is no terminal, a file of a cluster's job for example, gets lines instead of a bar.
         self._bar = tqdm(
             total=steps,
@@ -50,6 +48,7 @@ class RunLog:
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
+        self._board = Board(run.tensorboard, first_step + 1, self._bar.write)
         self._rate = _Rate()
         self._pace = _Pace(steps - first_step)
         self._wait = DataWait(workers)
@@ -88,7 +87,7 @@ class RunLog:
     def picture(self, step: int, path: Path) -> None:
         """Show a picture file in TensorBoard."""
         with Image.open(path) as picture:
-            self._board.add_image(path.stem, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            self._board.add_image(path.stem, np.asarray(picture.convert("RGB")), step)
 
     def pause(self) -> None:
         """Leave what is not training, such as the end of an epoch, out of the rate."""
@@ -97,8 +96,8 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the bar and the event file."""
-        self._bar.close()
         self._board.close()
+        self._bar.close()
 
     def _describe(self, steps_before: int) -> str:
         return f"epoch {min(steps_before // self.steps_per_epoch + 1, self.epochs)}/{self.epochs}"

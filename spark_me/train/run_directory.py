@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spark_me.config import AnyConfig, differing_keys, load_config, parse_config, to_yaml
+from spark_me.config import ON_THE_LINE, AnyConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.errors import UserError
 from spark_me.files import check_output_folder, clear_leftovers, write_text, writing
 from spark_me.train import distributed
@@ -110,7 +110,7 @@ class RunDirectory:
         if not self.config.is_file():
             return None
         try:
-            config: AnyConfig = load_config(self.config, schema=schema)
+            config: AnyConfig = load_config(self.config, unchecked=ON_THE_LINE, schema=schema)
             return config
         except UserError as error:
             raise UserError(

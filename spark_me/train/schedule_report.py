@@ -7,7 +7,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from spark_me.config import Config, load_config
+from spark_me.config import ON_THE_LINE, Config, load_config
 from spark_me.data.files import find_files
 from spark_me.files import atomic_write, check_output
 from spark_me.train.schedules import Schedule, build_schedule, count_steps_per_epoch, describe_peak
@@ -51,7 +51,7 @@ def report_schedules(configs: Sequence[Path], overrides: Sequence[str], images: 
 
 
 def _plan(path: Path, overrides: Sequence[str], images: int | None) -> Planned:
-    config = load_config(path, overrides, unchecked=() if images is None else ("data.root",))
+    config = load_config(path, overrides, unchecked=() if images is None else ("data.root", *ON_THE_LINE))
     if images is None:
         images = len(find_files(config.data, config.model.in_channels).train)
     steps_per_epoch = count_steps_per_epoch(images, config)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from spark_me.weights.canonical import Weights, from_canonical, to_canonical
 from spark_me.weights.download import is_url, local_file
 from spark_me.weights.files import check_target, read_state, sha256_of, write_state
+from spark_me.weights.strict import require_numbers
 
 
 class Conversion(NamedTuple):
@@ -42,7 +43,9 @@ def convert(
     target = Path(destination)
     check_target(target, source)
     path = local_file(source)
-    return write_weights(to_canonical(read_state(path), str(source), encoder), source, target, to)
+    state = read_state(path)
+    require_numbers(state, str(source))
+    return write_weights(to_canonical(state, str(source), encoder), source, target, to)
 
 
 def write_weights(weights: Weights, source: str | os.PathLike[str], target: Path, to: str) -> Conversion:

@@ -27,6 +27,8 @@ DEEPEST = 8
 """Entries that are looked for within each other; a file may hold one that holds itself."""
 CARD = "spark_me"
 """Where a .pth file keeps its model card."""
+DIGEST = "tensors_sha256"
+"""Where a .safetensors file keeps the digest of its tensors."""
 ARCHIVE_ERRORS = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error)
 """What Python raises for damaged archives."""
 END = struct.Struct("<4s4H2LH")
@@ -53,11 +55,14 @@ def read_content(path: Path) -> Any:
     """
     if not is_file(path):
         raise UserError(f"{path}: no such file")
-    require_weights(path)
-    require_sound(path)
+    try:
+        require_weights(path)
+        require_sound(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): check its mode, or give another file") from None
     if path.suffix == SAFETENSORS:
-        load_file = _safetensors().load_file
-        return _reading(path, lambda: load_file(path))
+        package = _safetensors()
+        return _reading(path, lambda: _load_safetensors(package, path))
     return _reading(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
 
 
@@ -83,7 +88,7 @@ def require_sound(path: Path) -> None:
     """Verify the archive that torch.save writes, before torch takes it as it is: torch checks no checksum.
 
     Every CRC-32 is computed. Whatever lets two readers of archives see different ones is refused, as are entries
-    that would grow when they are read. Files of other kinds pass: .safetensors and what torch wrote before 1.6 have no
+    that would grow when they are read. Files of other kinds pass; what torch wrote before 1.6 has no
     checksums.
 
     Args:
@@ -135,8 +140,9 @@ def bare_state(content: Any, where: str, *, shapes_alone: bool = False) -> dict[
 def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: Mapping[str, str]) -> None:
     """Write a state dict as the readers of its layout expect it, with its model card. All of the file, or nothing.
 
-    The card is the metadata of a .safetensors file; in a .pth file it is the entry "spark_me" beside the state dict or,
-    where readers expect a bare state dict, `_metadata["spark_me"]` of it, which `load_state_dict` leaves alone.
+    The card is the metadata of a .safetensors file, beside a digest of the tensors, as the format has no checksums; in
+    a .pth file it is the entry "spark_me" beside the state dict or, where readers expect a bare state dict,
+    `_metadata["spark_me"]` of it, which `load_state_dict` leaves alone.
 
     Raises:
         UserError: for another suffix, or if the file cannot be written.
@@ -144,7 +150,7 @@ def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: M
     check_target(path)
     if path.suffix == SAFETENSORS:
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
-        content = _safetensors().save(tensors, metadata={"format": "pt", **card})
+        content = _safetensors().save(tensors, metadata={"format": "pt", DIGEST: _digest_of(tensors), **card})
         with atomic_write(path) as file:
             file.write(content)
         return
@@ -165,14 +171,15 @@ def read_card(path: Path) -> dict[str, str]:
     """
     if path.suffix == SAFETENSORS:
         read_content(path)
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
+        with _safetensors().safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-        metadata.pop("format", None)
-        return metadata
+        return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
     content = read_content(path)
-    return dict(content.get(CARD) or getattr(content, "_metadata", {}).get(CARD) or {})
+    for place in (content, getattr(content, "_metadata", None)):
+        card = place.get(CARD) if isinstance(place, Mapping) else None
+        if isinstance(card, Mapping):
+            return dict(card)
+    return {}
 
 
 def check_target(path: Path, *inputs: str | os.PathLike[str]) -> None:
@@ -192,6 +199,24 @@ def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def _load_safetensors(package: ModuleType, path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = package.load_file(path)
+    with package.safe_open(path, framework="pt") as file:
+        stated = (file.metadata() or {}).get(DIGEST)
+    if stated is not None and stated != _digest_of(tensors):
+        raise ValueError(f"its tensors are not those that were written: {DIGEST} says so")
+    return tensors
+
+
+def _digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode(errors="surrogatepass"))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

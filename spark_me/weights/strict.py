@@ -1,13 +1,21 @@
 """Strictness: every tensor that is needed is there with its shape, and no other; one line says what is not."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from spark_me.errors import UserError, shown
 from spark_me.weights.architectures import IMAGE_TENSORS
-from spark_me.weights.rows import Shape
+from spark_me.weights.rows import COUNTER, Shape
 
 LISTED = 12
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
+COUNTERS = (COUNTER, "n_averaged")
+"""How the names of integers end: batches that a norm has seen, and what torch's averaging has taken in."""
 
 
 class WeightsError(UserError):
@@ -75,6 +83,27 @@ def check_tensors(
         message = f"{where}: {', '.join(causes) or listed}"
         labelled = {label(name): shapes for name, shapes in mismatched.items()}
         raise WeightsError(message, missing, unexpected, labelled)
+
+
+def require_numbers(state: Mapping[str, Tensor], where: str, like: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+    """Refuse tensors that are no weights: counters of norms are integers, all else is real, floating and finite.
+
+    Args:
+        state: name → tensor; of those without values (on the meta device) only the type is looked at.
+        where: the file, for messages.
+        like: tensors by name whose types are right, too.
+
+    Raises:
+        UserError: naming the first that is none.
+    """
+    for name, tensor in state.items():
+        counter = name.endswith(COUNTERS) and tensor.dtype in INTEGERS
+        same = name in like and like[name].dtype == tensor.dtype
+        if not (tensor.dtype in FLOATS or counter or same):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: {shown(name)} is of {kind}, where weights are real numbers: take another file")
+        if tensor.dtype in FLOATS and not tensor.is_meta and not tensor.isfinite().all():
+            raise UserError(f"{where}: {shown(name)} is not finite: take an earlier checkpoint, or another file")
 
 
 def show(shape: Shape) -> str:

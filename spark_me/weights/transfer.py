@@ -14,7 +14,7 @@ from spark_me.weights.files import bare_state, read_state
 from spark_me.weights.kernels import weight_to_kernel
 from spark_me.weights.layout_rules import KERNEL, WEIGHT
 from spark_me.weights.own import dense_state, load_same
-from spark_me.weights.strict import check_tensors
+from spark_me.weights.strict import check_tensors, require_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +40,17 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
         source: path or URL of a .pth or .safetensors file, or a state dict.
 
     Raises:
-        UserError: if the source cannot be read, or the layout of source or model is not known.
+        UserError: if the source cannot be read or holds what is no finite number, or the layout of source or model is
+            not known.
         WeightsError: for missing or unexpected keys, and for other shapes, with the likely cause.
     """
+    target = model.state_dict()
     if isinstance(source, Mapping):
-        where, state = "the state dict", bare_state(source, "the state dict", shapes_alone=True)
+        where = "the state dict"
+        state = bare_state(source, where, shapes_alone=all(tensor.is_meta for tensor in target.values()))
     else:
         where, state = str(source), read_state(local_file(source))
-    target = model.state_dict()
+    require_numbers(state, where, like=target)
     try:
         own = to_canonical(target, "the model")
     except UserError:  # no table knows an encoder of one's own
