@@ -27,8 +27,8 @@ demo-finetune: setup ## pretrain on digits, fine-tune on few labels, compare wit
 	@$(BIN)/spark-me compare configs/demo/digits_finetune.yaml
 
 test: setup ## run the tests
-	@# A file a process; one thread each, as threads of several processes wait for each other.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	@# A file a process, in the order of tests/conftest.py; one thread each, as those of several processes wait for each other.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Tests that compare float32 results of different computations: processors round differently, a tolerance may fit one.
 # The simplest instructions of torch, oneDNN and MKL stand for another processor: none of today takes them by itself.

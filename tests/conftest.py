@@ -16,7 +16,12 @@ if not torch.cuda.is_available():
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
+LONGEST = ("terminal", "train_torchrun", "train_resume", "train_survival", "train_distributed", "train_memory")
+"""Modules whose files go first: a process that begins one of them last would end long after the others."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONGEST)
     if torch.cuda.is_available():
         return
     for item in items:

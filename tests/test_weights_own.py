@@ -1,9 +1,6 @@
 """Encoders of one's own, as the README shows them: registered, trained from the command line, and dense again."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ from conftest import randomise
 from torch import nn
 
 import spark_me
+from spark_me import cli
 from spark_me.encoders.registry import ENCODERS, build_encoder, patch_size_of
 from spark_me.weights.strict import WeightsError
 
@@ -23,7 +21,7 @@ def tinynet():
     """The README's code, as it stands there."""
     code = re.search(r"```python\n(# tinynet.py\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     exec(code.group(1), {"__name__": "tinynet"})
-    yield code.group(1)
+    yield
     del ENCODERS["tinynet"]
 
 
@@ -81,17 +79,12 @@ def test_own_weights_load_strictly(tinynet, tmp_path):
         spark_me.load_weights(other, state)
 
 
-def test_readme_example_pretrains_from_the_command_line(tinynet, tmp_path):
-    script = tmp_path / "tinynet.py"
-    script.write_text(tinynet, encoding="utf-8")
-    command = f"""{script} pretrain configs/demo/pretrain.yaml model.encoder=tinynet run.dir={tmp_path / "run"}
+def test_weights_of_a_run_are_dense_again(tinynet, tmp_path, one_thread):
+    """What tests/test_readme.py types; here with what becomes of its checkpoint."""
+    command = f"""pretrain {README.parent}/configs/demo/pretrain.yaml model.encoder=tinynet run.dir={tmp_path / "run"}
         model.image_size=[48,32] model.decoder_width=16 train.epochs=1 train.batch_size=2 data.repeats=1
         data.workers=0 optim.warmup_epochs=0"""
-    environment = os.environ | {"PYTHONPATH": str(README.parent)}
-    done = subprocess.run(
-        [sys.executable, *command.split()], cwd=README.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    assert cli.main(command.split()) == 0
     checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
     model = spark_me.build_model("tinynet", image_size=(48, 32), decoder_width=16)
     assert spark_me.load_weights(model, checkpoint).encoder == "TinyNet"
