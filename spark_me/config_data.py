@@ -11,6 +11,8 @@ Rule = tuple[str, bool, str]
 FILE_KINDS = ("images", "imagefolder", "imagenet", "list")
 DATA_KINDS = (*FILE_KINDS, "webdataset", "huggingface", "demo")
 INTERPOLATIONS = ("bicubic", "bilinear")
+LARGEST_AREA = 1 << 22
+"""Pixels of an image that a network sees: 2048 × 2048. A stranger's checkpoint says how large its images are, too."""
 PIPE = "pipe:"
 """What a shard begins with that is the output of a command."""
 _MAY_BE_PIPE = re.compile(r"pipe:|[^/]*[{\\$].*:", re.DOTALL)

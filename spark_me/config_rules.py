@@ -1,8 +1,9 @@
 """The ranges of a configuration's values."""
 
+import math
 from collections.abc import Iterator
 
-from spark_me.config_data import INTERPOLATIONS, Rule, data_rules, statistics_rules
+from spark_me.config_data import INTERPOLATIONS, LARGEST_AREA, Rule, data_rules, statistics_rules
 from spark_me.config_finetune import (
     LOSSES,
     FinetuneConfig,
@@ -51,6 +52,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     patch = patch_size_of(model.encoder) if model.encoder in list_encoders() else 1
     nearest = [max(1, round(side / patch)) * patch for side in size]
     yield "model.image_size", size == nearest, f"must be multiples of {patch}, for example {nearest}"
+    yield "model.image_size", math.prod(size) <= LARGEST_AREA, f"must be at most {LARGEST_AREA} pixels, 2048 × 2048"
     yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
     yield "model.mask_ratio", 0 < model.mask_ratio < 1, "must lie between 0 and 1, for example 0.6"
     width = model.decoder_width
@@ -119,7 +121,9 @@ def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Ru
     yield "data.fraction", 0 < data.fraction <= 1, "must be a share in (0, 1]"
     yield "data.repeats", data.repeats >= 1, "must be at least 1"
     yield "data.repeated_augmentation", data.repeated_augmentation >= 1, "must be at least 1; 1 for none"
-    yield "data.train_crop", data.train_crop is None or data.train_crop >= 1, "must be null or at least 1"
+    largest = math.isqrt(LARGEST_AREA)
+    crop = data.train_crop
+    yield "data.train_crop", crop is None or 1 <= crop <= largest, f"must be null or in [1, {largest}]"
     scale = data.crop_scale
     yield "data.crop_scale", len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1, "must be [smallest, largest] in (0, 1]"
     yield "data.flip", 0 <= data.flip <= 1, "must be a probability"
@@ -128,7 +132,7 @@ def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Ru
     yield "data.erasing", 0 <= data.erasing <= 1, "must be a probability"
     yield "data.interpolation", data.interpolation in INTERPOLATIONS, f"must be one of {', '.join(INTERPOLATIONS)}"
     resize, crop = data.test_resize, data.test_crop
-    yield "data.test_resize", resize is None or resize >= 1, "must be null or at least 1"
+    yield "data.test_resize", resize is None or 1 <= resize <= largest, f"must be null or in [1, {largest}]"
     fits = crop is None or 1 <= crop <= (crop if resize is None else resize)
     yield "data.test_crop", fits, "must be null, or lie between 1 and data.test_resize"
     # What is null is settled by the weights.

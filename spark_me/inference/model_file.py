@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from spark_me.config_data import INTERPOLATIONS, STATISTICS, DataConfig
+from spark_me.config_data import INTERPOLATIONS, LARGEST_AREA, STATISTICS, DataConfig
 from spark_me.data.transforms import CentreCrop
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
 from spark_me.errors import UserError, install_text, shown
@@ -21,8 +21,6 @@ from spark_me.weights.files import bare_state, read_content
 from spark_me.weights.models import PUBLISHED, build_network, list_models
 from spark_me.weights.strict import require_numbers
 
-LARGEST_SIDE, LARGEST_AREA = 4096, 1 << 20
-"""Pixels of a test image's side and of all of it: a batch must fit into the memory, whatever a file says."""
 OURS = "spark_me."
 """How the format of the trainer's checkpoints begins. Of each version, what is needed is checked by itself."""
 
@@ -178,5 +176,5 @@ def _are_numbers(values: Any, count: int) -> bool:
 
 
 def _are_sides(values: Any) -> bool:
-    whole = _are_numbers(values, 2) and all(isinstance(value, int) and 0 < value <= LARGEST_SIDE for value in values)
+    whole = _are_numbers(values, 2) and all(isinstance(value, int) and value > 0 for value in values)
     return whole and values[0] * values[1] <= LARGEST_AREA
