@@ -114,6 +114,7 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "model.image_size=[100,64]",
         "model.image_size=[64,-32]",
         "model.image_size=[64]",
+        "model.image_size=[64,65568]",
         "model.encoder=resnet19",
         "model.backend=dense",
         "model.decoder_width=20",
