@@ -114,7 +114,7 @@ class Comparison:
             if not all(type(figure) in (int, float) for trial in figures for figure in trial):
                 raise TypeError("figures that are no numbers")
             digest = content["weights_sha256"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserError) as error:
             raise UserError(f"{self._path}: cannot be read ({error}): choose another run.dir") from None
         different = differing_keys(other, self._config)
         if different:
