@@ -1,124 +1,120 @@
-"""Small valid images of every format that is read, and damaged copies of them, the same at every run."""
+"""Damaged copies of any file, the same for the same seed: what disks, networks and ill will make of it.
 
+mutate(content, seed)           for every seed another copy, nearly always different from `content`
+mutate(content, seed, other)    may go on as another file of the kind does
+"""
+
+import random
+import re
 import struct
-from collections.abc import Iterator
-from functools import cache
-from io import BytesIO
 
-import numpy as np
-import tifffile
-from PIL import Image
-
-from spark_me.data.formats import pillow_formats
+HEAD = 512
+"""Bytes at the beginning that half of the damage is aimed at: headers are short, and what readers trust."""
+NUMBERS = (0, 1, 127, 128, 255, 256, 32767, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**64 - 1)
+"""What sizes, offsets and counts are replaced by."""
+WRITTEN = (b"0", b"-1", b"00", b"2147483648", b"99999999999999999999", b"1e400", b"0.5", b"nan")
+"""The same where numbers are written as text."""
 
 
-@cache
-def valid_files() -> dict[str, bytes]:
-    """Content by a name that ends as such a file's does."""
-    files = {**_pillow_files(), **_npy_files(), **_tiff_files()}
-    return dict(sorted(files.items()))
+def mutate(content: bytes, seed: int, other: bytes | None = None) -> bytes:
+    """A damaged copy.
+
+    Args:
+        content: a valid file.
+        seed: decides on the damage: one kind of it in every other copy, two or three at once in the others.
+        other: another valid file that a splice takes its end from; `content` itself when None.
+    """
+    draws = random.Random(seed)
+    damaged = bytearray(content)
+    for _ in range(draws.choice((1, 1, 2, 3))):
+        if not damaged:
+            break
+        draws.choice(KINDS)(damaged, draws, content if other is None else other)
+    return bytes(damaged)
 
 
-def mutations(seed: int, per_file: int) -> Iterator[tuple[str, bytes]]:
-    """Each file cut, with bits flipped, with bytes overwritten, or with 4 bytes that say something huge."""
-    generator = np.random.default_rng(seed)
-    for name, content in valid_files().items():
-        for number in range(per_file):
-            damaged = bytearray(content)
-            # Headers are short, and what decoders trust.
-            end = len(damaged) if generator.random() < 0.5 else min(len(damaged), 200)
-            kind = number % 4
-            if kind == 0:
-                del damaged[generator.integers(0, end) :]
-            for place in generator.integers(0, end, generator.integers(1, 9)):
-                if kind == 1:
-                    damaged[place] ^= 1 << int(generator.integers(8))
-                elif kind == 2:
-                    damaged[place] = int(generator.integers(256))
-                elif kind == 3:
-                    damaged[place : place + 4] = struct.pack(
-                        "<I", int(generator.choice([0, 2**31 - 1, 2**32 - 1, 65536]))
-                    )
-            yield name, bytes(damaged)
+def _place(damaged: bytearray, draws: random.Random) -> int:
+    end = len(damaged) if draws.random() < 0.5 else min(len(damaged), HEAD)
+    return draws.randrange(max(end, 1))
 
 
-def _pillow_files() -> dict[str, bytes]:
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
-    photo = Image.fromarray(noise, "RGBA")
-    files = {}
-    Image.init()
-    for kind in sorted(Image.SAVE):
-        if kind not in (*pillow_formats(), "MPO"):
-            continue
-        for mode in ("RGB", "RGBA", "L", "P", "1", "LA", "CMYK", "I;16", "F"):
-            image = Image.fromarray(noise[..., 0].astype(np.uint16) * 200) if mode == "I;16" else photo.convert(mode)
-            file = BytesIO()
-            try:
-                image.save(file, kind)
-            except (OSError, KeyError, ValueError):  # is not for this format
-                continue
-            files[f"{kind}-{mode.replace(';', '')}{_suffix(kind)}"] = file.getvalue()
-    for name, options in {"jpeg": {"progressive": True}, "png": {"interlace": True}, "gif": {"save_all": True}}.items():
-        file = BytesIO()
-        photo.convert("RGB").save(file, name, **options)
-        files[f"other.{name}"] = file.getvalue()
-    for compression in ("tiff_lzw", "tiff_adobe_deflate", "jpeg", "packbits", "group4", "tiff_ccitt", "webp", "zstd"):
-        file = BytesIO()
-        image = photo.convert("1" if compression in ("group4", "tiff_ccitt") else "RGB")
-        try:
-            image.save(file, "TIFF", compression=compression)
-        except (OSError, RuntimeError, KeyError):  # libtiff is built without it
-            continue
-        files[f"pillow-{compression}.tif"] = file.getvalue()
-    return files
+def _block(content: bytes | bytearray, draws: random.Random) -> bytes:
+    """A short part, or one of any length."""
+    start = draws.randrange(max(len(content), 1))
+    length = draws.randint(1, 64) if draws.random() < 0.5 else draws.randint(1, len(content) + 1)
+    return bytes(content[start : start + length])
 
 
-def _suffix(kind: str) -> str:
-    return next((suffix for suffix, name in sorted(Image.registered_extensions().items()) if name == kind), "")
+def _flip_bits(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    for _ in range(draws.choice((1, 1, 2, 8))):
+        damaged[_place(damaged, draws)] ^= 1 << draws.randrange(8)
 
 
-def _npy_files() -> dict[str, bytes]:
-    array = np.random.default_rng(0).random((9, 8, 3))
-    files = {}
-    for version in ((1, 0), (2, 0), (3, 0)):
-        for dtype in (np.uint8, np.uint16, np.float32, np.float64):
-            file = BytesIO()
-            np.lib.format.write_array(file, (array * 100).astype(dtype), version)
-            files[f"{version[0]}-{np.dtype(dtype)}.npy"] = file.getvalue()
-    return files
+def _overwrite(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    for _ in range(draws.randint(1, 8)):
+        damaged[_place(damaged, draws)] = draws.choice((0, 255, draws.randrange(256)))
 
 
-def _tiff_files() -> dict[str, bytes]:
-    array = np.random.default_rng(0).random((16, 16, 5))
-    files = {}
-    for compression in (
-        None,
-        "zlib",
-        "lzw",
-        "jpeg2000",
-        "packbits",
-        "lzma",
-        "zstd",
-        "webp",
-        "lerc",
-        "jpegxl",
-        "jpegxr",
-    ):
-        for layout in ("contig", "separate", "tiled", "big"):
-            bands = array[..., :3] if compression in ("webp", "jpegxr") else array
-            bands = (bands * 60000).astype(np.uint8 if compression in ("webp", "jpegxr") else np.uint16)
-            file = BytesIO()
-            try:
-                tifffile.imwrite(
-                    file,
-                    np.moveaxis(bands, 2, 0) if layout == "separate" else bands,
-                    photometric="minisblack" if bands.shape[2] == 5 else "rgb",
-                    planarconfig="separate" if layout == "separate" else "contig",
-                    compression=compression,
-                    tile=(16, 16) if layout == "tiled" else None,
-                    bigtiff=layout == "big",
-                )
-            except Exception:  # imagecodecs is built without it, or it does not take such bands
-                continue
-            files[f"{compression}-{layout}.tif"] = file.getvalue()
-    return files
+def _overwrite_number(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    """Two, four or eight bytes, in either order, as something huge or a limit."""
+    width, code = draws.choice(((2, "H"), (4, "I"), (8, "Q")))
+    number = draws.choice(NUMBERS) % 256**width
+    place = _place(damaged, draws)
+    damaged[place : place + width] = struct.pack(draws.choice("<>") + code, number)
+
+
+def _overwrite_written_number(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    numbers = list(re.finditer(rb"\d+", damaged))
+    if not numbers:
+        return _overwrite_number(damaged, draws, other)
+    number = draws.choice(numbers)
+    damaged[number.start() : number.end()] = draws.choice(WRITTEN)
+
+
+def _cut_off(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    del damaged[_place(damaged, draws) :]
+
+
+def _cut_out(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    place = _place(damaged, draws)
+    del damaged[place : place + len(_block(damaged, draws))]
+
+
+def _repeat(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    """A block once more or many times, right behind itself or elsewhere."""
+    block = _block(damaged, draws)
+    place = _place(damaged, draws)
+    damaged[place:place] = block * (draws.choice((1, 1, 2, 50)) if len(block) <= 64 else 1)
+
+
+def _insert(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    place = _place(damaged, draws)
+    length = draws.choice((1, 2, 4, 511, 512, 4096))
+    damaged[place:place] = draws.choice((bytes(length), b"\xff" * length, draws.randbytes(length)))
+
+
+def _move(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    """Part of the other file in place of as many bytes."""
+    block = _block(other, draws)
+    place = _place(damaged, draws)
+    damaged[place : place + len(block)] = block
+
+
+def _splice(damaged: bytearray, draws: random.Random, other: bytes) -> None:
+    """Its beginning, and the end of the other file from elsewhere on."""
+    damaged[_place(damaged, draws) :] = other[draws.randrange(max(len(other), 1)) :]
+
+
+KINDS = (
+    _flip_bits,
+    _flip_bits,  # what happens by itself
+    _overwrite,
+    _overwrite_number,
+    _overwrite_written_number,
+    _cut_off,
+    _cut_out,
+    _repeat,
+    _insert,
+    _move,
+    _splice,
+)
