@@ -31,8 +31,8 @@ class Encoded(NamedTuple):
 
     name: str
     """Where it comes from; its end says what it is, as a file's does."""
-    content: bytes | np.ndarray
-    """What a file would hold, or pixels [H, W, C]."""
+    content: bytes | np.ndarray | UnreadableImage
+    """What a file would hold, pixels [H, W, C], or why there is neither."""
 
     def __str__(self) -> str:
         return self.name
@@ -118,6 +118,8 @@ def _decode(item: Item, channels: int) -> Image.Image | np.ndarray:
     if isinstance(item, Path):
         _require_regular(item)
     content = item.content if isinstance(item, Encoded) else item
+    if isinstance(content, UnreadableImage):
+        raise content
     if isinstance(content, np.ndarray):
         return arrays.check(content, channels)
     name = str(item).lower()
