@@ -86,7 +86,8 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
         array = series.asarray(maxworkers=1)
         orientation = series.keyframe.tags.get(ORIENTATION)
     singletons = tuple(place for place in range(array.ndim) if place not in order)
-    pixels = with_channels(array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order]))
+    pixels = array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order])
+    pixels = check(pixels, channels)  # damaged files decode to less than they claim
     return pixels if orientation is None else upright_array(pixels, orientation.value)
 
 

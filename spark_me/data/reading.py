@@ -85,6 +85,8 @@ def _to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float 
             bands = len(decoded.getbands())
             raise UnreadableImage(arrays.other_channels(bands, channels, f" (mode {decoded.mode})"))
         appearance.load(decoded)  # which one that was handed over may still need
+        if min(decoded.size) < 1:
+            raise UnreadableImage(f"has no pixels (height×width {decoded.height}×{decoded.width})")
         decoded = appearance.upright(decoded)
         if channels not in MODES:
             return _to_tensor(decoded, nodata)
