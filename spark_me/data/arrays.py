@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import math
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
 NEEDS_TIFFFILE = f"needs tifffile: {install_text('multiband')}"
 LARGEST = 1e30
 """Beyond it lie no measurements: resizing and normalising, with the usual deviations, would make infinity of them."""
-LARGEST_ARRAY = 2 << 30
+LARGEST_ARRAY = 1 << 30
 """Bytes that an image takes when it is decoded; a few times as many are needed to crop it."""
+LARGEST_TILE = 64 << 20
+"""Bytes; a tile may be larger than the image that it is all of."""
+MOST_PAGES = 10_000
 WITH_OWN_SIZE = {6, 7, 22610, 33003, 33004, 33005, 33007, 34712, 34887, 34892, 34933, 34934, 50001, 50002, 52546}
 """Compressions of TIFF whose tiles and strips are images, which may be larger than the TIFF says that they are: JPEG,
 JPEG 2000, JPEG XR, JPEG XL, PNG, WebP and LERC. tifffile stops all others where the tile is full."""
@@ -74,6 +78,7 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
 
     source = BytesIO(content) if isinstance(content, bytes) else content
     with _silent_tifffile(), tifffile.TiffFile(source, _multifile=False) as file:
+        _require_end(file)
         series = file.series[0]
         axes, shape = series.axes, series.shape
         others = [place for place, (axis, length) in enumerate(zip(axes, shape)) if axis not in "YX" and length > 1]
@@ -91,6 +96,30 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
     return pixels if orientation is None else upright_array(pixels, orientation.value)
 
 
+def _require_end(file: "tifffile.TiffFile") -> None:
+    """Go through the chain of a TIFF's pages, which tifffile follows for ever where a damaged one leads back.
+
+    Raises:
+        UnreadableImage: if it does, or there are too many pages.
+    """
+    seen: set[int] = set()
+    layout, handle = file.tiff, file.filehandle
+    place = layout.offsetsize  # behind the mark of the format
+    # A chain that leads out of the file ends there.
+    while page := _number_at(handle, place, layout.offsetformat):
+        if page in seen or len(seen) == MOST_PAGES:
+            raise UnreadableImage("its pages lead in a circle" if page in seen else f"more than {MOST_PAGES} pages")
+        seen.add(page)
+        place = page + layout.tagnosize + _number_at(handle, page, layout.tagnoformat) * layout.tagsize
+
+
+def _number_at(handle: "tifffile.FileHandle", place: int, form: str) -> int:
+    """A number of a struct's format; 0 beyond the end."""
+    handle.seek(place)
+    content = handle.read(struct.calcsize(form))
+    return int(struct.unpack(form, content)[0]) if len(content) == struct.calcsize(form) else 0
+
+
 def _require_segments_as_small(file: "tifffile.TiffFile", series: "tifffile.TiffPageSeries") -> None:
     """Refuse tiles and strips that would take more memory than the whole image may.
 
@@ -101,7 +130,7 @@ def _require_segments_as_small(file: "tifffile.TiffFile", series: "tifffile.Tiff
 
     keyframe = series.keyframe
     if keyframe.is_tiled:
-        _require_memory(keyframe.chunks, series.dtype)
+        _require_memory(keyframe.chunks, series.dtype, max(series.nbytes, LARGEST_TILE))
         height, width = keyframe.tilelength, keyframe.tilewidth
     else:
         height, width = min(keyframe.rowsperstrip, keyframe.imagelength), keyframe.imagewidth
@@ -169,7 +198,7 @@ def check_shape(shape: tuple[int, ...], dtype: np.dtype, channels: int) -> None:
         if shape[0] == channels:
             raise UnreadableImage(f"has the shape {shape}, which looks like C×H×W: store it as H×W×C")
         raise UnreadableImage(other_channels(shape[2], channels, f" (shape {shape})"))
-    _require_memory(shape, dtype)
+    _require_memory(shape, dtype, LARGEST_ARRAY)
 
 
 def other_channels(found: int, channels: int, how: str) -> str:
@@ -226,10 +255,10 @@ def _require_reasonable(shape: tuple[int, ...]) -> None:
         raise UnreadableImage(f"too large: {pixels} pixels, above Pillow's limit of {limit}")
 
 
-def _require_memory(shape: tuple[int, ...], dtype: np.dtype) -> None:
+def _require_memory(shape: tuple[int, ...], dtype: np.dtype, most: int) -> None:
     size = math.prod(shape) * dtype.itemsize
-    if size > LARGEST_ARRAY:
+    if size > most:
         raise UnreadableImage(
-            f"too large: {'×'.join(map(str, shape))} values of {dtype} take {size / 2**30:.1f} GiB, and the limit is "
-            f"{LARGEST_ARRAY >> 30} GiB: cut it into tiles"
+            f"too large: {'×'.join(map(str, shape))} values of {dtype} take {size / 2**20:,.0f} MiB, and the limit is "
+            f"{most / 2**20:,.0f} MiB: cut it into tiles"
         )

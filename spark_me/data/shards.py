@@ -14,7 +14,7 @@ import numpy as np
 from spark_me.config_data import PIPE
 from spark_me.data.braces import count_names
 from spark_me.data.formats import is_image
-from spark_me.data.listing import any_hidden
+from spark_me.data.listing import any_hidden, is_there
 from spark_me.data.paths import Paths
 from spark_me.data.progress import Progress
 from spark_me.data.reading import Encoded
@@ -119,7 +119,7 @@ def expand(root: str, key: str) -> list[str]:
         urls: list[str] = expand_urls(root)
     except ValueError as error:
         raise UserError(f"{key}={root}: {error}") from None
-    missing = [url for url in urls if not url.startswith(PIPE) and not Path(url).is_file()]
+    missing = [url for url in urls if not url.startswith(PIPE) and not is_there(Path(url), folder=False)]
     if missing:
         raise UserError(
             f"{key}={root}: no such file: {missing[0]} ({len(missing)} of {len(urls)} shards are missing): "
@@ -184,6 +184,10 @@ def _index(path: str, image_key: str | None) -> tuple[np.ndarray, np.ndarray, Pa
     try:
         with open(path, "rb") as file:
             names = Paths(_noting(_images(Archive(file), image_key), offsets, sizes))
+    except OSError as error:
+        raise UserError(
+            f"{shown(path, 1000)}: cannot be read ({error.strerror}): make it readable, or leave it out of data.root"
+        ) from None
     except READING_ERRORS as error:
         raise UserError(
             f"{shown(path, 1000)}: is no whole, uncompressed tar archive ({reason_of(error)}): repair it, or read it "
