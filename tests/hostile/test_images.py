@@ -1,6 +1,7 @@
 """Damaged images of every format, and files that would have another program run."""
 
 import os
+import signal
 import stat
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +18,9 @@ from spark_me.data.check import examine
 from spark_me.data.datasets import Reader, TrainDataset
 from spark_me.data.reading import Encoded
 from spark_me.data.transforms import train_transform
+from spark_me.data.visiting import visit
+from spark_me.errors import UserError
+from spark_me.train.failures import named_failures
 
 
 def check_mutations(seeds: range) -> None:
@@ -120,3 +124,26 @@ def test_a_worker_hands_on_what_went_wrong_with_an_image(tmp_path: Path) -> None
     keys = [(0, index) for index in range(len(items))]
     loader = torch.utils.data.DataLoader(dataset, sampler=keys, batch_size=None, num_workers=1)
     assert sum(sample.image is None for sample in loader) == sum(dataset[key].image is None for key in keys) > 20
+
+
+def die(item: object) -> str:
+    """Of the third image, as a decoder in C does."""
+    if str(item) == "2.png":
+        os.kill(os.getpid(), signal.SIGABRT)
+    if str(item) == "fails.png":
+        raise RuntimeError("DataLoader worker is all that this has in common with a death")
+    return str(item)
+
+
+def test_a_worker_that_dies_is_named_with_the_images_that_it_had() -> None:
+    images = [Path(f"{number}.png") for number in range(6)]
+    with pytest.raises(UserError) as caught:
+        list(visit(images, die, workers=1, what="checking"))
+    assert "died (DataLoader worker (pid" in str(caught.value) and "signal: Aborted" in str(caught.value)
+    assert "2.png" in str(caught.value) and "memory" not in str(caught.value)
+    assert list(visit([Path("0.png")], die, workers=1, what="checking")) == ["0.png"]
+
+
+def test_an_error_in_a_worker_is_no_death() -> None:
+    with pytest.raises(RuntimeError, match="Caught RuntimeError in DataLoader worker process 0"), named_failures():
+        list(visit([Path("fails.png")], die, workers=1, what="checking"))
