@@ -173,11 +173,10 @@ class _Raw(io.RawIOBase):
 
 
 def _require_checksum(header: bytes) -> None:
-    field, rest = header[148:156], header[:148] + b" " * 8 + header[156:]
-    unsigned = sum(rest)
-    # Some old programs add up signed bytes.
-    signed = unsigned - 256 * sum(byte > 127 for byte in rest)
-    if _number(field) not in (unsigned, signed):
+    said, rest = _number(header[148:156]), header[:148] + b" " * 8 + header[156:]
+    difference = sum(rest) - said
+    # Some old programs added up signed bytes.
+    if difference and difference != 256 * sum(byte > 127 for byte in rest):
         raise ReadError("a header's checksum does not fit: it is damaged, or this is no tar archive")
 
 
