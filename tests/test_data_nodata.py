@@ -246,3 +246,31 @@ run: {{dir: {tmp_path / "run"}, device: cpu}}
     assert all(tensor.isfinite().all() for tensor in saved.values())
     assert (run / "reconstruction.png").is_file()
     pretrain(config)  # nan is the same nodata when the run goes on
+
+
+def test_run_goes_on_where_a_micro_batch_has_one_visible_patch(tmp_path: Path, backend: str, one_thread: None) -> None:
+    """Half of an image of 2×2 patches has no data: one patch of it is visible, all that the deepest norms see."""
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        array = np.random.default_rng(number).random((64, 64, 4)).astype(np.float32)
+        array[:, : 32 if number < 2 else 1] = np.nan
+        np.save(tmp_path / "images" / f"{number}.npy", array)
+    (tmp_path / "c.yaml").write_text(
+        f"""
+model: {{encoder: resnet18, image_size: [64, 64], decoder_width: 32, in_channels: 4, backend: {backend}}}
+data: {{root: {tmp_path / "images"}, nodata: nan, workers: 0, crop_scale: [1, 1], mean: [0.5, 0.5, 0.5, 0.5],
+  std: [0.3, 0.3, 0.3, 0.3]}}
+optim: {{name: adamw, warmup_epochs: 0}}
+train: {{epochs: 1, batch_size: 2, accumulate: 2}}
+run: {{device: cpu, checkpoint_every_steps: 1, keep_last: 9}}
+"""
+    )
+    calm = load_config(tmp_path / "c.yaml", [f"run.dir={tmp_path / 'calm'}"])
+    pretrain(calm)
+    paths = list_checkpoints(tmp_path / "calm" / "checkpoints")
+    assert len(paths) == 2
+    pretrain(load_config(tmp_path / "c.yaml", [f"run.dir={tmp_path / 'other'}", f"run.resume={paths[0]}"]))
+    expected, actual = (
+        read_checkpoint(list_checkpoints(tmp_path / run / "checkpoints")[-1])["model"] for run in ("calm", "other")
+    )
+    assert all(torch.equal(actual[name], expected[name]) and expected[name].isfinite().all() for name in expected)

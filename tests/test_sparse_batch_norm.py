@@ -108,3 +108,25 @@ def test_a_whole_encoder_on_a_gpu_equals_float64_on_the_cpu(visible, monkeypatch
     assert results[0].keys() == results[1].keys()
     for key, actual in results[0].items():
         assert_close(actual.cpu().float(), results[1][key].float(), key)
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_single_site_is_normalised_by_the_running_statistics_and_moves_none(monkeypatch, triton):
+    """Features and gradients against the formula."""
+    dtype = torch.float32 if triton else torch.float64
+    if triton:
+        ask_for_triton(monkeypatch)
+    norm = randomise(sparse.BatchNorm(6)).to(DEVICE, dtype).train()
+    before = {name: tensor.clone() for name, tensor in norm.named_buffers()}
+    visible = torch.zeros(1, 2, 2, dtype=torch.bool)
+    visible[0, 1, 0] = True
+    pyramid = sparse.Pyramid(visible, 4, "fused")
+    rows = torch.randn(1, 6, dtype=dtype).to(DEVICE).requires_grad_()
+    x = sparse.at_stride(sparse.to_sparse(torch.zeros(1, 1, 8, 8, device=DEVICE), pyramid), 4, rows)
+    out = norm(x, relu=True).F
+    out.sum().backward()
+    scale = norm.weight / (before["running_var"] + norm.eps).sqrt()
+    expected = ((rows - before["running_mean"]) * scale + norm.bias).clamp(min=0)
+    assert relative_error(out, expected) < (1e-5 if triton else 1e-12)
+    assert relative_error(rows.grad, scale * (expected > 0)) < (1e-5 if triton else 1e-12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.named_buffers())

@@ -163,9 +163,15 @@ def test_settings_are_those_of_torchs_module(settings):
         assert ours.num_batches_tracked == 3
 
 
-def test_a_single_row_has_no_variance():
+def test_a_single_row_is_normalised_by_the_running_statistics():
+    norm = randomise(nn.BatchNorm1d(4)).to(DEVICE)
+    before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    rows = (torch.randn(1, 4) * 3 + 1).to(DEVICE)
+    out = fused_batch_norm(norm.train(), rows, None, None, False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+    assert relative_error(out, norm.eval()(rows)) < 1e-5
     with pytest.raises(ValueError, match=r"more than one site to train, not features \[1, 4\]"):
-        Case(1, 4).run(False)
+        fused_batch_norm(nn.BatchNorm1d(4, track_running_stats=False).to(DEVICE), rows, None, None, False)
 
 
 def test_nan_is_not_hidden_by_relu():

@@ -3,21 +3,37 @@
 import importlib.util
 import logging
 import math
+import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from spark_me.data.appearance import ORIENTATION, upright_array
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import install_text
 
+if TYPE_CHECKING:
+    import tifffile
+
 NEEDS_TIFFFILE = f"needs tifffile: {install_text('multiband')}"
 LARGEST = 1e30
 """Beyond it lie no measurements: resizing and normalising, with the usual deviations, would make infinity of them."""
+LARGEST_ARRAY = 1 << 30
+"""Bytes that an image takes when it is decoded; a few times as many are needed to crop it."""
+LARGEST_TILE = 64 << 20
+"""Bytes; a tile may be larger than the image that it is all of."""
+MOST_PAGES = 10_000
+WITH_OWN_SIZE = {6, 7, 22610, 33003, 33004, 33005, 33007, 34712, 34887, 34892, 34933, 34934, 50001, 50002, 52546}
+"""Compressions of TIFF whose tiles and strips are images, which may be larger than the TIFF says that they are: JPEG,
+JPEG 2000, JPEG XR, JPEG XL, PNG, WebP and LERC. tifffile stops all others where the tile is full."""
+SEGMENT_FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP")
+"""Those of which Pillow tells the size."""
 FULL_SCALE = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535}
 """What a value of 1 is stored as; other types are taken as they are."""
 
@@ -37,10 +53,16 @@ def read_npy(content: Path | bytes, channels: int) -> np.ndarray:
     with BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        _require_reasonable(read_header(file)[0])  # before memory is asked for
+        shape, _, dtype = read_header(file)
+        if not dtype.hasobject:  # those numpy refuses itself
+            check_shape(shape, dtype, channels)  # before memory is asked for
+            start = file.tell()
+            held, claimed = file.seek(0, os.SEEK_END) - start, math.prod(shape) * dtype.itemsize
+            if held < claimed:
+                raise UnreadableImage(f"is cut off: {held} of {claimed} bytes")
         file.seek(0)
         array = np.lib.format.read_array(file, allow_pickle=False)
-    return check(array, channels)
+    return with_channels(array)
 
 
 def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
@@ -54,19 +76,86 @@ def read_tiff(content: Path | bytes, channels: int) -> np.ndarray:
         raise UnreadableImage(NEEDS_TIFFFILE)
     import tifffile
 
-    with _silent_tifffile(), tifffile.TiffFile(BytesIO(content) if isinstance(content, bytes) else content) as file:
+    source = BytesIO(content) if isinstance(content, bytes) else content
+    with _silent_tifffile(), tifffile.TiffFile(source, _multifile=False) as file:
+        _require_end(file)
         series = file.series[0]
-        _require_reasonable(series.shape)
-        array, axes = series.asarray(), series.axes
+        axes, shape = series.axes, series.shape
+        others = [place for place, (axis, length) in enumerate(zip(axes, shape)) if axis not in "YX" and length > 1]
+        if "Y" not in axes or "X" not in axes or len(others) > 1:
+            raise UnreadableImage(f"is no image of height, width and channels, but has the axes {axes} {shape}")
+        order = [axes.index("Y"), axes.index("X"), *others]
+        check_shape(tuple(shape[place] for place in order), series.dtype, channels)
+        _require_segments_as_small(file, series)
+        # Images are read in processes of their own already.
+        array = series.asarray(maxworkers=1)
         orientation = series.keyframe.tags.get(ORIENTATION)
-    others = [place for place, (axis, length) in enumerate(zip(axes, array.shape)) if axis not in "YX" and length > 1]
-    if "Y" not in axes or "X" not in axes or len(others) > 1:
-        raise UnreadableImage(f"is no image of height, width and channels, but has the axes {axes} {array.shape}")
-    order = [axes.index("Y"), axes.index("X"), *others]
     singletons = tuple(place for place in range(array.ndim) if place not in order)
     pixels = array.transpose([*order, *singletons]).reshape([array.shape[place] for place in order])
-    pixels = check(pixels, channels)
+    pixels = check(pixels, channels)  # damaged files decode to less than they claim
     return pixels if orientation is None else upright_array(pixels, orientation.value)
+
+
+def _require_end(file: "tifffile.TiffFile") -> None:
+    """Go through the chain of a TIFF's pages, which tifffile follows for ever where a damaged one leads back.
+
+    Raises:
+        UnreadableImage: if it does, or there are too many pages.
+    """
+    seen: set[int] = set()
+    layout, handle = file.tiff, file.filehandle
+    place = layout.offsetsize  # behind the mark of the format
+    # A chain that leads out of the file ends there.
+    while page := _number_at(handle, place, layout.offsetformat):
+        if page in seen or len(seen) == MOST_PAGES:
+            raise UnreadableImage("its pages lead in a circle" if page in seen else f"more than {MOST_PAGES} pages")
+        seen.add(page)
+        place = page + layout.tagnosize + _number_at(handle, page, layout.tagnoformat) * layout.tagsize
+
+
+def _number_at(handle: "tifffile.FileHandle", place: int, form: str) -> int:
+    """A number of a struct's format; 0 beyond the end."""
+    handle.seek(place)
+    content = handle.read(struct.calcsize(form))
+    return int(struct.unpack(form, content)[0]) if len(content) == struct.calcsize(form) else 0
+
+
+def _require_segments_as_small(file: "tifffile.TiffFile", series: "tifffile.TiffPageSeries") -> None:
+    """Refuse tiles and strips that would take more memory than the whole image may.
+
+    Raises:
+        UnreadableImage: if they are larger, or their size is not known before they are decoded.
+    """
+    from tifffile import COMPRESSION
+
+    keyframe = series.keyframe
+    if keyframe.is_tiled:
+        _require_memory(keyframe.chunks, series.dtype, max(series.nbytes, LARGEST_TILE))
+        height, width = keyframe.tilelength, keyframe.tilewidth
+    else:
+        height, width = min(keyframe.rowsperstrip, keyframe.imagelength), keyframe.imagewidth
+    for page in series.pages:
+        if page is None:
+            raise UnreadableImage("a part of it is in another file, or missing")
+        if keyframe.compression in WITH_OWN_SIZE:
+            for offset, size in zip(page.dataoffsets, page.databytecounts):
+                file.filehandle.seek(offset)
+                _require_size(file.filehandle.read(size), height, width, COMPRESSION(keyframe.compression).name)
+
+
+def _require_size(segment: bytes, height: int, width: int, compression: str) -> None:
+    try:
+        with Image.open(BytesIO(segment), formats=SEGMENT_FORMATS) as image:
+            # Encoders may fill up blocks.
+            if image.height * image.width > (height + 32) * (width + 32):
+                raise UnreadableImage(
+                    f"its tiles of {height}×{width} pixels hold images of {image.height}×{image.width}"
+                )
+    except UnidentifiedImageError:
+        raise UnreadableImage(
+            f"is compressed by {compression}, which does not tell how large it will be: store it with deflate, LZW or "
+            "Zstandard"
+        ) from None
 
 
 @contextmanager
@@ -85,21 +174,31 @@ def check(array: np.ndarray, channels: int) -> np.ndarray:
     """The array as [H, W, C], if it is an image of so many channels.
 
     Raises:
-        UnreadableImage: if it is not, or if it cannot be told which axis are the channels.
+        UnreadableImage: as `check_shape`.
     """
-    if array.dtype.kind not in "uif":
-        raise UnreadableImage(f"has values of type {array.dtype}, not numbers")
-    if array.ndim not in (2, 3) or array.size == 0:
-        raise UnreadableImage(f"has the shape {array.shape}, not height × width × channels")
-    array = with_channels(array)
-    _require_reasonable(array.shape)
-    if array.shape[0] == channels > 1 and array.shape[2] == channels:
-        raise UnreadableImage(f"has the shape {array.shape}, which may be H×W×C or C×H×W")
-    if array.shape[2] != channels:
-        if array.shape[0] == channels:
-            raise UnreadableImage(f"has the shape {array.shape}, which looks like C×H×W: store it as H×W×C")
-        raise UnreadableImage(other_channels(array.shape[2], channels, f" (shape {array.shape})"))
-    return array
+    check_shape(array.shape, array.dtype, channels)
+    return with_channels(array)
+
+
+def check_shape(shape: tuple[int, ...], dtype: np.dtype, channels: int) -> None:
+    """Make sure that an array would be an image [H, W, C] or [H, W] of so many channels, before it is decoded.
+
+    Raises:
+        UnreadableImage: if it is too large or of another shape, or if it cannot be told which axis are the channels.
+    """
+    if dtype.kind not in "uif":
+        raise UnreadableImage(f"has values of type {dtype}, not numbers")
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise UnreadableImage(f"has the shape {shape}, not height × width × channels")
+    _require_reasonable(shape)
+    shape = shape if len(shape) == 3 else (*shape, 1)
+    if shape[0] == channels > 1 and shape[2] == channels:
+        raise UnreadableImage(f"has the shape {shape}, which may be H×W×C or C×H×W")
+    if shape[2] != channels:
+        if shape[0] == channels:
+            raise UnreadableImage(f"has the shape {shape}, which looks like C×H×W: store it as H×W×C")
+        raise UnreadableImage(other_channels(shape[2], channels, f" (shape {shape})"))
+    _require_memory(shape, dtype, LARGEST_ARRAY)
 
 
 def other_channels(found: int, channels: int, how: str) -> str:
@@ -154,3 +253,12 @@ def _require_reasonable(shape: tuple[int, ...]) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise UnreadableImage(f"too large: {pixels} pixels, above Pillow's limit of {limit}")
+
+
+def _require_memory(shape: tuple[int, ...], dtype: np.dtype, most: int) -> None:
+    size = math.prod(shape) * dtype.itemsize
+    if size > most:
+        raise UnreadableImage(
+            f"too large: {'×'.join(map(str, shape))} values of {dtype} take {size / 2**20:,.0f} MiB, and the limit is "
+            f"{most / 2**20:,.0f} MiB: cut it into tiles"
+        )

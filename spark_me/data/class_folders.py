@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.data.listing import class_folders
+from spark_me.data.listing import class_folders, is_there
 from spark_me.data.paths import Paths
 from spark_me.data.randomness import SUBSET, generator_of
 from spark_me.errors import UserError
@@ -64,7 +64,7 @@ def find_val(data: FinetuneDataConfig) -> tuple[Labelled, list[str]]:
 
 
 def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
-    if not root.is_dir():
+    if not is_there(root, folder=True):
         raise UserError(f"{key}: no such folder: give data.root the folder above train/ and val/, or add data.val_root")
     found = class_folders(root)
     if len(found) < 2:

@@ -11,7 +11,7 @@ from spark_me.config_data import DataConfig
 from spark_me.data import huggingface, shards
 from spark_me.data.arrays import NEEDS_TIFFFILE, has_tifffile
 from spark_me.data.formats import TIFF
-from spark_me.data.listing import list_class_folders, list_images
+from spark_me.data.listing import is_there, list_class_folders, list_images
 from spark_me.data.paths import Paths
 from spark_me.data.reading import MODES, Items
 from spark_me.errors import UserError, install_text
@@ -63,7 +63,12 @@ def find_files(data: DataConfig, channels: int = 3) -> Files:
 
 
 def fingerprint(images: Items | shards.Shards) -> str:
-    """A digest of the images' number, order and names, to notice that a data set changed under a run."""
+    """A digest of the images' number, order and names, to notice that a data set changed under a run.
+
+    Contents are not compared, nor sizes and dates: a copy of the data set on another disk has other dates, and to ask a
+    network drive about millions of files takes minutes at every start. Files that were swapped under unchanged names go
+    unnoticed.
+    """
     kind = "images"
     if isinstance(images, Paths | list):
         kind = "files"
@@ -92,11 +97,11 @@ def _find_paths(data: DataConfig) -> tuple[Paths, Paths]:
 
 
 def _find_imagenet(root: Path, held_out: int) -> tuple[Paths, Paths]:
-    if not (root / "train").is_dir():
+    if not is_there(root / "train", folder=True):
         raise UserError(f"data.root={root}: has no folder train: data.kind=imagenet wants the one above train and val")
     train = _list_images("imagefolder", root / "train", "data.root")
     # The validation images come without class folders.
-    val = _list_images("images", root / "val", "data.root") if (root / "val").is_dir() else Paths()
+    val = _list_images("images", root / "val", "data.root") if is_there(root / "val", folder=True) else Paths()
     if held_out > len(val):
         raise UserError(f"data.held_out={held_out} is more than the {len(val)} images in {root / 'val'}: lower it")
     return train, val.select(evenly_spaced(len(val), held_out)) if held_out else val
@@ -124,7 +129,7 @@ def _find_rows(data: DataConfig) -> Files:
 def _list_images(kind: str, root: Path, key: str) -> Paths:
     finders = {"images": list_images, "imagefolder": list_class_folders, "list": _read_list}
     expected = "text file" if kind == "list" else "folder"
-    if not (root.is_file() if kind == "list" else root.is_dir()):
+    if not is_there(root, folder=kind != "list"):
         raise UserError(f"{key}={root}: no such {expected}: give the path of your images (data.kind={kind})")
     files = Paths(finders[kind](root))
     if not files:
@@ -134,7 +139,11 @@ def _list_images(kind: str, root: Path, key: str) -> Paths:
 
 def _read_list(path: Path) -> list[Path]:
     # Names that are no UTF-8 are kept as the system has them; a mark of UTF-8 is no part of a name.
-    text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): make it readable") from None
+    text = content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
     if "\0" in text:
         raise UserError(f"{path}: is no UTF-8 text: data.kind=list wants one image path a line")
     return sorted(path.parent / line.strip() for line in text.split("\n") if line.strip())

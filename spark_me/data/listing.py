@@ -134,7 +134,7 @@ def list_class_folders(root: Path) -> list[Path]:
     if not folders:
         raise UserError(f"{root}: has no class folders: use data.kind=images for images without labels")
     # Of two names of a folder, the one that is no link.
-    once = {os.path.realpath(folder): folder for folder in sorted(folders, key=Path.is_symlink, reverse=True)}
+    once = {os.path.realpath(folder): folder for folder in sorted(folders, key=os.path.islink, reverse=True)}
     images = sorted(path for folder in once.values() for path in listing.images(folder))
     listing.say_skipped()
     return images
@@ -152,6 +152,20 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     found = {folder.name: sorted(listing.images(folder), key=_as_torchvision) for folder in folders}
     listing.say_skipped()
     return found
+
+
+def is_there(path: Path, *, folder: bool) -> bool:
+    """Whether a path is a folder, or a file.
+
+    Raises:
+        UserError: if it may not be looked at, as a folder above it is closed.
+    """
+    try:
+        return path.is_dir() if folder else path.is_file()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be looked at ({error.strerror}): make the folders above it readable, or correct the path"
+        ) from None
 
 
 def is_hidden(name: str) -> bool:
@@ -179,7 +193,11 @@ def _as_torchvision(path: Path) -> tuple[str, str]:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself, or through a folder that is closed
+    except PermissionError as error:  # a link that leads through a folder that is closed
+        if is_image(entry.name):
+            return False  # it will be an unreadable one
+        _refuse_folder(error)
+    except OSError:  # a link that leads to itself
         return False
 
 

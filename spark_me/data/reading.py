@@ -31,8 +31,8 @@ class Encoded(NamedTuple):
 
     name: str
     """Where it comes from; its end says what it is, as a file's does."""
-    content: bytes | np.ndarray
-    """What a file would hold, or pixels [H, W, C]."""
+    content: bytes | np.ndarray | UnreadableImage
+    """What a file would hold, pixels [H, W, C], or why there is neither."""
 
     def __str__(self) -> str:
         return self.name
@@ -85,6 +85,8 @@ def _to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float 
             bands = len(decoded.getbands())
             raise UnreadableImage(arrays.other_channels(bands, channels, f" (mode {decoded.mode})"))
         appearance.load(decoded)  # which one that was handed over may still need
+        if min(decoded.size) < 1:
+            raise UnreadableImage(f"has no pixels (height×width {decoded.height}×{decoded.width})")
         decoded = appearance.upright(decoded)
         if channels not in MODES:
             return _to_tensor(decoded, nodata)
@@ -118,6 +120,8 @@ def _decode(item: Item, channels: int) -> Image.Image | np.ndarray:
     if isinstance(item, Path):
         _require_regular(item)
     content = item.content if isinstance(item, Encoded) else item
+    if isinstance(content, UnreadableImage):
+        raise content
     if isinstance(content, np.ndarray):
         return arrays.check(content, channels)
     name = str(item).lower()

@@ -1,23 +1,31 @@
 """Webdataset shards: tar archives of samples, read one after the other or, where local, at any place."""
 
-import tarfile
+import re
+from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from tarfile import ReadError
 
 import numpy as np
 
 from spark_me.config_data import PIPE
 from spark_me.data.braces import count_names
 from spark_me.data.formats import is_image
-from spark_me.data.listing import any_hidden
+from spark_me.data.listing import any_hidden, is_there
+from spark_me.data.paths import Paths
 from spark_me.data.progress import Progress
 from spark_me.data.reading import Encoded
-from spark_me.errors import UserError, install_text
+from spark_me.data.tar import READING_ERRORS, Archive, Member, Stream, open_stream
+from spark_me.data.unreadable import UnreadableImage, reason_of
+from spark_me.errors import UserError, install_text, shown
 
-READING_ERRORS = (OSError, tarfile.TarError, EOFError, ValueError)
-"""What a missing, truncated or foreign shard raises, and a command that fails."""
+METADATA = re.compile(r"__[^/]*__($|/)")
+"""Names that webdataset keeps for what is no sample."""
+LARGEST_IMAGE = 1 << 30
+"""Bytes. A shuffle buffer holds many images, and the file of a larger one is above every other limit, too."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +48,18 @@ class Shards:
         Raises:
             UserError: if it cannot be read to its end.
         """
-        from webdataset import tarfile_samples
-
         url = self.urls[shard]
         count = 0
         try:
-            for sample in tarfile_samples(iter([{"url": url}])):
-                image = _image_of(sample, url, self.image_key)
-                if image is not None:
-                    yield image
+            with _opened(url) as stream:
+                archive = Archive(open_stream(stream))
+                for member in _images(archive, self.image_key):
+                    yield Encoded(f"{url}/{member.name}", archive.read(member))
                     count += 1
         except READING_ERRORS as error:
             raise UserError(
-                f"{url}: cannot be read beyond its first {count} images ({_reason(error)}): repair this shard, or "
-                "leave it out of data.root; the same command goes on from the last checkpoint"
+                f"{shown(url, 1000)}: cannot be read beyond its first {count} images ({reason_of(error)}): repair this "
+                "shard, or leave it out of data.root; the same command goes on from the last checkpoint"
             ) from None
 
     def __iter__(self) -> Iterator[Encoded]:
@@ -80,17 +86,21 @@ class TarImages:
         self._shard = np.repeat(np.arange(len(members)), [len(offsets) for offsets, _, _ in members])
         self._offset = np.concatenate([offsets for offsets, _, _ in members])
         self._size = np.concatenate([sizes for _, sizes, _ in members])
-        self._name = np.concatenate([names for _, _, names in members])
+        self._names = Paths(chain.from_iterable(names for _, _, names in members))
 
     def __len__(self) -> int:
         return len(self._offset)
 
     def __getitem__(self, index: int, /) -> Encoded:
-        path = self.paths[self._shard[index]]
-        name = f"{path}/{self._name[index].decode(errors='surrogateescape')}"
-        with open(path, "rb") as file:
-            file.seek(self._offset[index])
-            return Encoded(name, file.read(self._size[index]))
+        path, size = self.paths[self._shard[index]], int(self._size[index])
+        name = f"{path}/{self._names[index]}"
+        try:
+            with open(path, "rb") as file:
+                file.seek(self._offset[index])
+                content = file.read(size)
+        except OSError as error:  # it was there when the images were counted
+            return Encoded(name, UnreadableImage(reason_of(error)))
+        return Encoded(name, content if len(content) == size else UnreadableImage("its shard was cut off"))
 
 
 def expand(root: str, key: str) -> list[str]:
@@ -109,7 +119,7 @@ def expand(root: str, key: str) -> list[str]:
         urls: list[str] = expand_urls(root)
     except ValueError as error:
         raise UserError(f"{key}={root}: {error}") from None
-    missing = [url for url in urls if not url.startswith(PIPE) and not Path(url).is_file()]
+    missing = [url for url in urls if not url.startswith(PIPE) and not is_there(Path(url), folder=False)]
     if missing:
         raise UserError(
             f"{key}={root}: no such file: {missing[0]} ({len(missing)} of {len(urls)} shards are missing): "
@@ -118,41 +128,79 @@ def expand(root: str, key: str) -> list[str]:
     return urls
 
 
-def _index(path: str, image_key: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets, sizes and names of the images of a shard, one a sample."""
-    images: dict[str, tarfile.TarInfo] = {}
+@contextmanager
+def _opened(url: str) -> Iterator[Stream]:
+    """A shard's bytes.
+
+    Raises:
+        OSError: if it cannot be opened, or its command fails.
+    """
+    from webdataset.gopen import gopen
+
+    stream = gopen(url) if url.startswith(PIPE) else open(url, "rb")  # noqa: SIM115  (closed below)
     try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                folder, _, name = member.name.rpartition("/")
-                sample, _, suffix = name.partition(".")
-                if member.isreg() and sample and _is_image(suffix, image_key) and not any_hidden(member.name):
-                    images.setdefault(f"{folder}/{sample}", member)
+        yield stream
+    except READING_ERRORS:
+        if not stream.read(1):
+            stream.close()  # that of a command which failed, and so wrote too little, says so
+        raise
+    else:
+        stream.close()
+    finally:
+        with suppress(OSError):  # of a command that was not read to its end
+            stream.close()
+
+
+def _images(archive: Archive, image_key: str | None) -> Iterator[Member]:
+    """The first image of each sample: of files in a row whose names agree up to the first dot.
+
+    Raises:
+        ReadError: besides what the archive raises, if a sample has two files of one kind, or an image is too large.
+    """
+    sample, suffixes, found = "", set[str](), False
+    for member in archive:
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, suffix = name.partition(".")
+        if not (member.is_file and stem and dot) or any_hidden(member.name) or METADATA.match(member.name):
+            continue
+        if folder + slash + stem != sample:
+            sample, suffixes, found = folder + slash + stem, set(), False
+        if suffix.lower() in suffixes:
+            raise ReadError(f"holds {shown(member.name)} twice")
+        suffixes.add(suffix.lower())
+        if found or not _is_image(suffix, image_key):
+            continue
+        if member.size > LARGEST_IMAGE:
+            raise ReadError(
+                f"{shown(member.name)} claims {member.size} bytes, and an image has {LARGEST_IMAGE} at most"
+            )
+        found = True
+        yield member
+
+
+def _index(path: str, image_key: str | None) -> tuple[np.ndarray, np.ndarray, Paths]:
+    """Offsets, sizes and names of the images of a shard, one a sample."""
+    offsets, sizes = array("q"), array("q")
+    try:
+        with open(path, "rb") as file:
+            names = Paths(_noting(_images(Archive(file), image_key), offsets, sizes))
+    except OSError as error:
+        raise UserError(
+            f"{shown(path, 1000)}: cannot be read ({error.strerror}): make it readable, or leave it out of data.root"
+        ) from None
     except READING_ERRORS as error:
         raise UserError(
-            f"{path}: is no whole, uncompressed tar archive ({error}): repair it, or read it by "
-            f"{PIPE}COMMAND and give data.samples"
+            f"{shown(path, 1000)}: is no whole, uncompressed tar archive ({reason_of(error)}): repair it, or read it "
+            f"by {PIPE}COMMAND and give data.samples"
         ) from None
-    members = list(images.values())
-    offsets = np.array([member.offset_data for member in members], dtype=np.int64)
-    sizes = np.array([member.size for member in members], dtype=np.int64)
-    names = np.array([member.name.encode(errors="surrogateescape") for member in members], dtype=bytes)
-    return offsets, sizes, names
+    return np.array(offsets), np.array(sizes), names
 
 
-def _image_of(sample: dict[str, Any], url: str, image_key: str | None) -> Encoded | None:
-    if any_hidden(sample["__key__"]):
-        return None
-    for suffix, content in sample.items():
-        if not suffix.startswith("__") and _is_image(suffix, image_key):
-            return Encoded(f"{url}/{sample['__key__']}.{suffix}", content)
-    return None
-
-
-def _reason(error: Exception) -> str:
-    # webdataset appends what it was reading from.
-    text = getattr(error, "strerror", None) or str(error.args[0] if error.args else "")
-    return f"{type(error).__name__}: {text.partition(' @ ')[0]}"
+def _noting(images: Iterator[Member], offsets: array, sizes: array) -> Iterator[str]:
+    for member in images:
+        offsets.append(member.offset)
+        sizes.append(member.size)
+        yield member.name
 
 
 def _is_image(suffix: str, image_key: str | None) -> bool:

@@ -1,5 +1,6 @@
 """Going once over the images of a run, in its worker processes."""
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
@@ -11,8 +12,13 @@ from tqdm import tqdm
 from spark_me.data.files import evenly_spaced
 from spark_me.data.reading import Encoded, Item, Items
 from spark_me.data.shards import Shards
+from spark_me.errors import UserError, shown
 
 T = TypeVar("T")
+AHEAD = 2
+"""Images that each worker has before it, torch's default."""
+DEATH = re.compile(r"DataLoader worker \(pid.*?\)[^.\n]*")
+"""torch raises it with no type of its own; the first one anywhere, from a signal handler."""
 
 
 def visit(
@@ -26,6 +32,9 @@ def visit(
         workers: processes; 0 for none besides this one.
         what: for the bar.
         sample: how many images to take, evenly spaced, of shards the first; all when None.
+
+    Raises:
+        UserError: if a worker dies, naming the images that the workers had before them.
     """
     number = len(images) if sample is None else min(sample, len(images))
     keys: Any
@@ -41,7 +50,33 @@ def visit(
         collate_fn=_as_it_is,
         generator=torch.Generator(),
     )
-    yield from tqdm(results, desc=what, total=number, unit="image", disable=None)
+    done = 0
+    try:
+        for result in tqdm(results, desc=what, total=number, unit="image", disable=None):
+            yield result
+            done += 1
+    except RuntimeError as error:
+        death = death_of_worker(error)
+        if death is None:
+            raise
+        pending = [] if isinstance(images, Shards) else keys[done : done + workers * AHEAD]
+        names = ", ".join(shown(images[key]) for key in pending)  # type: ignore[index]
+        raise UserError(
+            f"{death} {what} the images after the first {done}: one of these may be what it died of: "
+            f"{names or 'those of the next shard'}; or take data.workers=0"
+        ) from None
+
+
+def death_of_worker(error: RuntimeError) -> str | None:
+    """That and how a worker process died, if that is what torch's error says; an error that one raised is none."""
+    if str(error).startswith("Caught "):
+        return None
+    # The cause knows the signal, where there is one.
+    found = [match[0] for one in (error.__cause__, error) if (match := DEATH.search(str(one)))]
+    if not found:
+        return None
+    memory = ", perhaps for want of memory" if "signal: Killed" in found[0] else ""
+    return f"a process that loads images died ({found[0].rstrip()}){memory}:"
 
 
 class _Applied(Dataset[T], Generic[T]):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from spark_me.data.listing import list_images
+from spark_me.data.listing import is_there, list_images
 from spark_me.data.paths import Paths
 from spark_me.data.reading import Item
 from spark_me.data.unreadable import UnreadableImage
@@ -83,7 +83,7 @@ def find_images(arguments: Iterable[Path]) -> Paths:
     """
     paths: list[Path] = []
     for argument in arguments:
-        found = list_images(argument) if argument.is_dir() else [argument]
+        found = list_images(argument) if is_there(argument, folder=True) else [argument]
         if not found:
             raise UserError(f"{argument}: no images in there (what Pillow opens, or .npy): check the path")
         paths += found

@@ -1,6 +1,6 @@
 """Batch normalisation over the visible sites of the batch, together with what follows it in a residual network."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from spark_me.sparse.layers import DropPath, add, require_same_sites
@@ -9,7 +9,13 @@ from spark_me.sparse.triton_support import computes_in_triton
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation over the visible sites of the batch; empty sites enter no statistic."""
+    """Batch normalisation over the visible sites of the batch; empty sites enter no statistic.
+
+    A single site has no variance, where torch refuses to train. It is normalised by the running statistics, which it
+    does not move: with nodata it may be all that a micro-batch has at the deepest scale, and the run goes on. Which
+    statistics count depends on the number of sites alone, so that a repeated step does the same. Processes that
+    synchronise have two sites at least.
+    """
 
     def forward(
         self,
@@ -29,16 +35,23 @@ class BatchNorm(nn.BatchNorm1d):
             relu: whether negative results become zero.
 
         Raises:
-            ValueError: if `shortcut` lives on other sites, or training sees a single site.
+            ValueError: if `shortcut` lives on other sites, or a norm without running statistics sees a single site.
         """
         if not computes_in_triton(x.F):
-            return complete(with_features(x, super().forward(x.F)), shortcut, drop_path, relu)
+            return complete(with_features(x, self._normalise(x.F)), shortcut, drop_path, relu)
         from spark_me.sparse.fused_batch_norm import fused_batch_norm
 
         if shortcut is not None:
             require_same_sites(x, shortcut)
         scale = None if drop_path is None else drop_path.draw(x)
         return with_features(x, fused_batch_norm(self, x.F, None if shortcut is None else shortcut.F, scale, relu))
+
+    def _normalise(self, rows: Tensor) -> Tensor:
+        if len(rows) > 1 or self.running_mean is None:
+            return super().forward(rows)
+        return functional.batch_norm(
+            rows, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
 
 
 def complete(

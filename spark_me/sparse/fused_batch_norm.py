@@ -32,14 +32,15 @@ def fused_batch_norm(
         relu: whether negative results become zero.
 
     Raises:
-        ValueError: if statistics are to be taken of a single row.
+        ValueError: if statistics are to be taken of a single row, as there are no running ones.
     """
     rows = rows.contiguous()
     shortcut = None if shortcut is None else shortcut.contiguous()
     weight, bias = norm.weight, norm.bias
     if weight is None:
         weight, bias = rows.new_ones(rows.shape[1]), rows.new_zeros(rows.shape[1])
-    of_batch = norm.training or norm.running_mean is None
+    single = len(rows) == 1 and norm.running_mean is not None  # as `BatchNorm` says
+    of_batch = not single and (norm.training or norm.running_mean is None)
     # the device of the kernels is the current one, not that of their tensors
     with torch.cuda.device_of(rows):
         mean, rstd = _batch_statistics(norm, rows) if of_batch else _running_statistics(norm)

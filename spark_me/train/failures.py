@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch.distributed import DistError
 
+from spark_me.data.visiting import death_of_worker
 from spark_me.errors import UserError
 
 
@@ -19,12 +20,13 @@ def named_failures() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        # torch raises both with no type of their own; the first one anywhere, from a signal handler.
-        if "DataLoader worker" in text:
+        death = death_of_worker(error)
+        if death is not None:
             raise UserError(
-                f"a process that loads images died ({first_line(error)}), perhaps for want of memory: repeat the "
-                "command to go on from the last checkpoint, with fewer data.workers if it happens again"
+                f"{death} repeat the command to go on from the last checkpoint, with fewer data.workers if it happens "
+                "again; spark-me data check names what a decoder dies of"
             ) from None
+        # torch raises some of them with no type of their own.
         if isinstance(error, DistError) or "gloo" in text:
             raise UserError(
                 f"another process of this run was lost ({first_line(error)}): what it said last tells why; repeat the "

@@ -86,7 +86,7 @@ class RunLog:
 
     def picture(self, step: int, path: Path) -> None:
         """Show a picture file in TensorBoard."""
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             self._board.add_image(path.stem, np.asarray(picture.convert("RGB")), step)
 
     def pause(self) -> None:
