@@ -62,6 +62,8 @@ def carried_record(wheel):
 
 def test_a_build_ends_as_an_edited_wheel_in_the_cache(miniature, tmp_path, capsys):
     made_from = record.record_of(TARGET, BLAS)
+    left = cache.make_dir("build", f"{made_from.key}-killed")
+    (left / "object.o").touch()
     wheel = build.build_wheel(miniature, TARGET, BLAS, made_from)
     assert wheel == cache.cached_wheel(made_from.key)
     with zipfile.ZipFile(wheel) as archive:

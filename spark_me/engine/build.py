@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ _PYTHON_ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 
 
 def build_wheel(archive: Path, target: Target, blas: Blas, record: BuildRecord) -> Path:
-    """Build the wheel that `record` describes and put it into the cache.
+    """Build the wheel that `record` describes and put it into the cache. One process at a time builds a record.
 
     Args:
         archive: the checked source archive.
@@ -47,7 +48,9 @@ def build_wheel(archive: Path, target: Target, blas: Blas, record: BuildRecord) 
     require_build_packages()
     blas = prepare_blas(blas)
     includes = [*header_dirs(), *_cuda_include_dirs(target.cuda)]
-    with tempfile.TemporaryDirectory(dir=make_dir("build")) as directory:
+    for left in make_dir("build").glob(f"{record.key}-*"):  # by a build that was killed: hundreds of megabytes
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=make_dir("build"), prefix=f"{record.key}-") as directory:
         tree = unpack(archive, Path(directory))
         apply_edits(tree, edits_for(target))
         (tree / "setup.py").write_text(setup_script(), encoding="utf-8")
