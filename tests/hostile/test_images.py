@@ -47,7 +47,7 @@ def check_mutations(seeds: range) -> None:
 
 
 def test_mutations(one_thread: None) -> None:
-    check_mutations(range(600))
+    check_mutations(range(400))
 
 
 @pytest.mark.slow
