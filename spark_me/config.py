@@ -121,6 +121,9 @@ def _resolve(layers: list[tuple[str, Layer]], schema: type[C], unchecked: Collec
         _check_keys(layer, origin, schema)
         values = _spelled_out({key: _settled(key, value, schema) for key, value in _leaves(layer)}, schema)
         origins |= dict.fromkeys(values, origin)
+        for key, value in values.items():
+            if isinstance(value, list) and any(isinstance(item, list | dict) for item in value):
+                raise UserError(f"{key} ({origin}): holds lists or sections in a list: give plain values")
         try:
             for key, value in values.items():
                 OmegaConf.update(merged, key, value)

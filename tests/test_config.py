@@ -384,6 +384,11 @@ def test_numbers_are_finite(write: Write, override: str) -> None:
     assert message_of(write("c.yaml", "data: {root: a}"), override).endswith("must be finite")
 
 
+@pytest.mark.parametrize("value", ["[224, {a: 1}]", "[[224], 224]", "[{}, {}]", "[null, 224]"])
+def test_lists_hold_plain_values(write: Write, value: str) -> None:
+    assert "model.image_size" in message_of(write("c.yaml", f"data: {{root: a}}\nmodel: {{image_size: {value}}}"))
+
+
 SECRET = "4711"
 """Of an environment variable; a number, as text might be refused for other reasons."""
 
