@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -34,7 +35,13 @@ def local_file(source: str | os.PathLike[str]) -> Path:
     match = HASH_PREFIX.search(path.name)
     prefix = match[1] if match else None
     if not path.is_file():
-        _download(source, path, prefix)
+        try:
+            _download(source, path, prefix)
+        except BaseException:
+            if prefix is None:  # its folder is its own
+                with suppress(OSError):  # another process may be fetching it
+                    path.parent.rmdir()
+            raise
     elif prefix and not sha256_of(path).startswith(prefix):
         raise UserError(f"{path}: its SHA-256 does not start with {prefix}, as its name says: delete it and try again")
     return path
