@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -245,6 +246,15 @@ def file_in(folder: Path, text: str, suffixes: Collection[str] = ()) -> Path:
     if os.path.dirname(os.path.abspath(path)) != os.path.abspath(folder):
         raise UserError(f"{text}: would lie outside {folder}: give the file a plain name")
     return path
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

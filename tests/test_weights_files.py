@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spark_me.errors import UserError
+from spark_me.files import sha256_of
 from spark_me.weights.files import (
     bare_state,
     read_card,
     read_content,
     read_state,
     require_sound,
-    sha256_of,
     write_state,
 )
 from spark_me.weights.layouts import LAYOUTS

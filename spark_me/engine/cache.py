@@ -1,7 +1,6 @@
 """The per-user cache: source archives, built wheels, build logs, headers."""
 
 import fcntl
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -9,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spark_me.errors import EngineError
-from spark_me.files import write_text
+from spark_me.files import sha256_of, write_text
 
 
 def cache_dir() -> Path:
@@ -56,7 +55,7 @@ def store_wheel(wheel: Path, key: str) -> Path:
     folder = make_dir("wheels", key)
     _require_own(folder)
     stored = folder / wheel.name
-    write_text(_digest_file(stored), _sha256(wheel))  # a wheel without its own counts as missing
+    write_text(_digest_file(stored), sha256_of(wheel))  # a wheel without its own counts as missing
     os.replace(wheel, stored)
     return stored
 
@@ -64,17 +63,13 @@ def store_wheel(wheel: Path, key: str) -> Path:
 def is_as_built(wheel: Path) -> bool:
     """Whether a wheel in the cache has the digest that was written when it was built."""
     try:
-        return _digest_file(wheel).read_text(encoding="ascii", errors="replace").strip() == _sha256(wheel)
+        return _digest_file(wheel).read_text(encoding="ascii", errors="replace").strip() == sha256_of(wheel)
     except OSError:
         return False
 
 
 def _digest_file(wheel: Path) -> Path:
     return wheel.with_name(f"{wheel.name}.sha256")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _require_own(folder: Path) -> None:

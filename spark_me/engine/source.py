@@ -1,6 +1,5 @@
 """MinkowskiEngine's source archive: fetched from the package index, checked, unpacked; its setup.py never runs."""
 
-import hashlib
 import os
 import tarfile
 import tempfile
@@ -12,6 +11,7 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple, Un
 from spark_me.engine import ENGINE_NAME, ENGINE_VERSION
 from spark_me.engine.cache import make_dir
 from spark_me.errors import EngineError
+from spark_me.files import sha256_of
 
 ARCHIVE_NAME = f"{ENGINE_NAME}-{ENGINE_VERSION}.tar.gz"
 ARCHIVE_BYTES = 246_705
@@ -27,7 +27,7 @@ def get_archive(source: Path | None = None) -> Path:
     if source is not None:
         return _given_archive(source)
     cached = make_dir("source") / ARCHIVE_NAME
-    if cached.is_file() and _sha256(cached) == ARCHIVE_SHA256:
+    if cached.is_file() and sha256_of(cached) == ARCHIVE_SHA256:
         return cached
     _download(cached)
     return cached
@@ -130,13 +130,9 @@ class _AtMost:
 
 
 def _check(archive: Path, what: str) -> None:
-    found = _sha256(archive)
+    found = sha256_of(archive)
     if found != ARCHIVE_SHA256:
         raise EngineError(
             f"{what} is not the {ENGINE_NAME} {ENGINE_VERSION} that spark_me builds: "
             f"sha256 {found[:12]}…, expected {ARCHIVE_SHA256[:12]}…; nothing was kept"
         )
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from spark_me.config import FinetuneConfig, differing_keys, parse_config, to_yaml
 from spark_me.errors import UserError
-from spark_me.files import write_json, writing
-from spark_me.weights.files import sha256_of
+from spark_me.files import sha256_of, write_json, writing
 
 PRETRAINED, FROM_SCRATCH = "pretrained", "scratch"
 STARTS = (PRETRAINED, FROM_SCRATCH)

@@ -4,11 +4,10 @@ from torch import nn
 
 from spark_me.config import Config
 from spark_me.errors import printable
-from spark_me.files import write_json
+from spark_me.files import sha256_of, write_json
 from spark_me.train import distributed
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.starting_weights import locate
-from spark_me.weights.files import sha256_of
 from spark_me.weights.transfer import load_weights
 
 

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from spark_me.files import sha256_of
 from spark_me.weights.canonical import Weights, from_canonical, to_canonical
 from spark_me.weights.download import is_url, local_file
-from spark_me.weights.files import check_target, read_state, sha256_of, write_state
+from spark_me.weights.files import check_target, read_state, write_state
 from spark_me.weights.strict import require_numbers
 
 

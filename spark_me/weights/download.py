@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import torch
 
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, file_in, writing
+from spark_me.files import atomic_write, file_in, sha256_of, writing
 from spark_me.weights.fetch import fetch, require_web
-from spark_me.weights.files import SUFFIXES, read_state, sha256_of
+from spark_me.weights.files import SUFFIXES, read_state
 
 # As torch.hub: the digits between the last dash and the suffix start the file's SHA-256.
 HASH_PREFIX = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")

@@ -193,15 +193,6 @@ def check_target(path: Path, *inputs: str | os.PathLike[str]) -> None:
     check_output(path, *inputs)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _load_safetensors(package: ModuleType, path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = package.load_file(path)
     with package.safe_open(path, framework="pt") as file:
