@@ -69,7 +69,7 @@ def draw_visible(
 
 def _count_visible_of_valid(valid: Tensor, mask_ratio: float) -> Tensor:
     patches = valid.flatten(1).sum(dim=1, keepdim=True)
-    if patches.min() < MIN_VALID:
+    if (patches < MIN_VALID).any():  # no image: none has too few
         raise ValueError(f"every image needs {MIN_VALID} valid patches: one to be visible, one to be reconstructed")
     return (patches.double() * (1 - mask_ratio)).round().clamp(min=1).minimum(patches - 1)
 

@@ -72,7 +72,7 @@ class SparK(nn.Module):
                 whatever its values. All patches count when None.
 
         Raises:
-            ValueError: if a visible patch is not valid.
+            ValueError: if a visible patch is not valid, an image has no visible patch, or there is no image.
         """
         images, visible, targets = self._prepare(images, visible, valid)
         prediction = masking.patchify(self.predict(images, visible), self.patch_size)

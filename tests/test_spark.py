@@ -171,6 +171,33 @@ def test_autocast_is_close_to_float64(dtype, backend, visible):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+METHODS = ["forward", "encode", "reconstruct"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
+def test_a_batch_without_images_is_refused(encoder, method, backend):
+    compute = getattr(twins(encoder, torch.float32, backend=backend)[0], method)
+    images, visible = torch.randn(0, 3, 96, 128), torch.ones(0, 3, 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="a batch needs at least one image"):
+        compute(images)
+    with pytest.raises(ValueError, match="a batch needs at least one image"):
+        compute(images, visible)
+    if method != "encode":
+        with pytest.raises(ValueError, match="a batch needs at least one image"):
+            compute(images, valid=visible)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("images", [1, 3])
+def test_an_image_of_which_nothing_is_visible_is_refused(images, method, backend):
+    compute = getattr(twins("resnet18", torch.float32, backend=backend)[0], method)
+    visible = torch.ones(images, 3, 4, dtype=torch.bool)
+    visible[-1] = False
+    with pytest.raises(ValueError, match="every image needs at least one visible patch"):
+        compute(torch.randn(images, 3, 96, 128), visible)
+
+
 @pytest.mark.parametrize("size", [(100, 96), (96, 0)])
 def test_sizes_that_do_not_fit_are_refused(size):
     with pytest.raises(spark_me.UserError, match="multiple of the encoder's patch size 32"):

@@ -74,6 +74,7 @@ def test_hidden_last_patch_keeps_its_place():
         (torch.ones(1, 2, 2), "must be bool"),
         (torch.ones(2, 2, dtype=torch.bool), "must be bool"),
         (torch.zeros(1, 2, 2, dtype=torch.bool), "at least one visible patch"),
+        (torch.ones(0, 2, 2, dtype=torch.bool), "at least one image"),
     ],
 )
 def test_bad_masks_are_refused(visible, problem):

@@ -41,19 +41,22 @@ class Pyramid(ME.CoordinateManager):
     ) -> None:
         """
         Args:
-            visible: bool [B, fh, fw], True = kept; every image needs at least one visible patch. Best on the CPU,
-                whatever `device` is: from a GPU it is read back, which waits for all work there.
+            visible: bool [B, fh, fw], True = kept; of one image at least, each with one visible patch at least. Best
+                on the CPU, whatever `device` is: from a GPU it is read back, which waits for all work there.
             patch_size: P.
             backend: one of `BACKENDS`.
             device: of features and tables; that of `visible` when None.
 
         Raises:
-            ValueError: for another shape or dtype, an image without a visible patch, an unknown backend.
+            ValueError: for another shape or dtype, no image, an image without a visible patch, an unknown backend.
         """
         if visible.dtype != torch.bool or visible.dim() != 3:
             raise ValueError(f"visible must be bool [B, fh, fw], not {visible.dtype} {tuple(visible.shape)}")
         device = visible.device if device is None else torch.device(device)
         on_host = visible.cpu()
+        # Means and losses over nothing are no numbers, and not every kernel of a backend can do without a site.
+        if not len(on_host):
+            raise ValueError("a batch needs at least one image")
         if not on_host.flatten(1).any(dim=1).all():
             raise ValueError("every image needs at least one visible patch")
         if backend not in BACKENDS:
