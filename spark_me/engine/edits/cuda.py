@@ -184,4 +184,24 @@ CUDA_EDITS: tuple[Edit, ...] = (
         "is not a multiple of the channels (192, 320, …), it wrote past the end of its shared memory.",
         applies=cuda,
     ),
+    Edit(
+        name="empty-strides",
+        files="src/coordinate_map_gpu.cu",
+        find=re.compile(r"(?<=base_type::m_byte_allocator\);\n\n)  index_storage_type \w+_tensor_stride\("),
+        replace=r"  if (size() == 0) {\n    stride_map.m_size = 0;\n    return stride_map;\n  }\n\n\g<0>",
+        count=2,
+        reason="As empty-kernel-map: a map without sites has no hash table, and striding it copied the one at address "
+        "0.",
+        applies=cuda,
+    ),
+    Edit(
+        name="empty-insertion",
+        files="src/coordinate_map_manager.cu",
+        find="    auto const num_blocks =\n        (mapping.size() + CUDA_NUM_THREADS - 1) / CUDA_NUM_THREADS;\n",
+        replace="    auto const num_blocks = GET_BLOCKS(mapping.size(), CUDA_NUM_THREADS);\n",
+        count=1,
+        reason="As empty-kernel-map: a launch of no blocks is an error, which the next to ask for errors was blamed "
+        "for.",
+        applies=cuda,
+    ),
 )

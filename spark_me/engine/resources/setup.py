@@ -50,6 +50,12 @@ CUDA_SOURCES = [
     "pybind/minkowski.cu",
 ]
 
+# Upstream's modules can be imported without their package: importing the engine puts its folder on sys.path. Ours does
+# not; but published code says `from MinkowskiOps import to_sparse` (ConvNeXt V2 and what was made of it) and
+# `import MinkowskiFunctional` (lartpc_mlreco3d), and now and then the other two. So modules of these names, alone, hand
+# out what the package's have: no class exists twice.
+BARE_NAMES = ["MinkowskiOps", "MinkowskiFunctional", "MinkowskiNonlinearity", "MinkowskiSparseTensor"]
+
 options = json.loads(Path("build_options.json").read_text())
 cuda = options["device"] == "cuda"
 # -g0: the flags that Python was built with ask for debug symbols, which double the build's time and size.
@@ -67,12 +73,16 @@ extension = (CUDAExtension if cuda else CppExtension)(
     extra_link_args=["-fopenmp", *options["link_flags"]],
 )
 
+for name in BARE_NAMES:
+    Path(f"{name}.py").write_text(f"from MinkowskiEngine.{name} import *\n")
+
 setup(
     name="MinkowskiEngine",
     version=options["version"],
     description="A convolutional neural network library for sparse tensors, built by spark_me",
     license="MIT",
     packages=["MinkowskiEngine", "MinkowskiEngine.utils", "MinkowskiEngine.modules"],
+    py_modules=BARE_NAMES,
     package_data={"MinkowskiEngine": [options["record"]]},
     install_requires=["torch", "numpy", *options["requires"]],
     ext_modules=[extension],
