@@ -101,7 +101,10 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("source", metavar="SRC", help="path or URL of a .pth or .safetensors file; layout is detected")
     parser.add_argument("destination", metavar="DST", type=Path, help="file to write: .pth, .pt or .safetensors")
     parser.add_argument(
-        "--to", required=True, metavar="LAYOUT", help="torchvision, timm, official, mmpretrain, detectron2 or spark_me"
+        "--to",
+        required=True,
+        metavar="LAYOUT",
+        help="torchvision, timm, official, mmpretrain, detectron2, fcmae or spark_me",
     )
     parser.add_argument("--encoder", metavar="NAME", help="refuse a source that holds another encoder")
     parser.set_defaults(run=_convert, group="train")

@@ -1,7 +1,9 @@
 import hashlib
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -21,7 +23,7 @@ def source(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("layout", layout_names())
+@pytest.mark.parametrize("layout", layout_names("resnet18"))
 def test_command_line_to_every_layout_and_back(source, layout, suffix, capsys):
     there, back = source.with_name(f"there{suffix}"), source.with_name(f"back{suffix}")
     assert main(["convert", str(source), str(there), "--to", layout, "--encoder", "resnet18"]) == 0
@@ -45,6 +47,33 @@ def test_command_line_to_every_layout_and_back(source, layout, suffix, capsys):
 def test_what_is_left_out_is_said(source, capsys):
     assert main(["convert", str(source), str(source.with_name("x.pth")), "--to", "detectron2"]) == 0
     assert "note: classifier head left out: detectron2 has no place for it" in capsys.readouterr().out
+
+
+def test_detectron2_reads_a_pickle_and_is_told_its_configuration(source, capsys):
+    for name in ("x.pkl", "x.pth"):
+        assert main(["convert", str(source), str(source.with_name(name)), "--to", "detectron2"]) == 0
+        said = capsys.readouterr().out
+        for needed in (
+            "MODEL.RESNETS.STRIDE_IN_1X1: False",
+            "INPUT.FORMAT: RGB",
+            "MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]",
+            "MODEL.PIXEL_STD: [58.395, 57.12, 57.375]",
+        ):
+            assert needed in said
+    # What detectron2 asks of a .pkl file: `model` and `__author__`, arrays of numpy.
+    content = pickle.loads(source.with_name("x.pkl").read_bytes(), encoding="latin1")
+    assert content["__author__"] and content["matching_heuristics"] is True
+    saved = torch.load(source.with_name("x.pth"))["model"]
+    assert content["model"].keys() == saved.keys()
+    for key, array in content["model"].items():
+        assert isinstance(array, np.ndarray) and np.array_equal(array, saved[key].numpy())
+    state = source.with_name("x.pkl")
+    for arguments, problem in (
+        ([str(source), str(state), "--to", "timm"], "x.pkl: cannot tell the format to write"),
+        ([str(state), str(source.with_name("y.pth")), "--to", "timm"], "x.pkl: refused, not plain tensors"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_torchvision_loads_the_file_strictly(source):

@@ -65,7 +65,7 @@ def export(
     if to in LAYOUTS:
         if image_size is not None:
             raise UserError(f"--image-size is for programs ({', '.join(PROGRAMS)}): a state dict takes any size")
-        check_target(out, source)
+        check_target(out, to, source)
         file = read_model(source, raw=raw)
         done = write_weights(file.weights, file.source, out, to)
         print(f"{printable(str(out))}: {done.encoder} in {done.layout} layout")

@@ -87,11 +87,13 @@ def to_canonical(state: Mapping[str, Tensor], where: str, encoder: str | None = 
     )
     dense = {
         name: kernel_to_weight(tensors[name], spec.shape[-1])
-        if layout.sparse and spec.kernel
+        if layout.is_kernel(name, spec)
         else _shaped(tensors[name], spec.shape)
         for name, spec in specs.items()
     }
-    notes = ("no num_batches_tracked in the file: set to 0",) if counters else ()
+    notes: tuple[str, ...] = ("no num_batches_tracked in the file: set to 0",) if counters else ()
+    if any(key.startswith(layout.foreign) for key in state):
+        notes += (f"decoder left out: {layout.name}'s is of another kind",)
     return Weights(encoder, layout.name, dense, keys, notes)
 
 
@@ -99,7 +101,7 @@ def from_canonical(weights: Weights, name: str) -> tuple[dict[str, Tensor], Layo
     """Write weights in the layout called `name`.
 
     Returns:
-        The bare state dict, the layout, and notes on what it leaves out.
+        The bare state dict, the layout, and notes on what it leaves out and its readers need.
 
     Raises:
         UserError: for an unknown layout, or one that cannot hold the encoder.
@@ -111,11 +113,11 @@ def from_canonical(weights: Weights, name: str) -> tuple[dict[str, Tensor], Layo
         if part_of(canonical) in layout.parts:
             spec = specs[canonical]
             shape = layout.shape(canonical, spec, weights.encoder)
-            convert = weight_to_kernel if layout.sparse and spec.kernel else _shaped
+            convert = weight_to_kernel if layout.is_kernel(canonical, spec) else _shaped
             state[layout.from_canonical(canonical, spec)] = convert(tensor, shape)
     state |= {key: torch.zeros(shape) for key, shape in layout.unused.items()}
     left_out = [text for part, text in OPTIONAL_PARTS.items() if part in weights.parts - set(layout.parts)]
-    return state, layout, tuple(f"{text} left out: {name} has no place for it" for text in left_out)
+    return state, layout, (*(f"{text} left out: {name} has no place for it" for text in left_out), *layout.hints)
 
 
 def nearest_encoder(tensors: Mapping[str, Tensor]) -> str:
@@ -141,10 +143,10 @@ def _without_prefixes(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _canonical_names(state: Mapping[str, Tensor], layout: Layout, where: str) -> dict[str, str]:
-    """Canonical name → key, without the tensors that no computation reads."""
+    """Canonical name → key, without the tensors that no computation reads and those of another kind of decoder."""
     keys: dict[str, str] = {}
     for key in state:
-        if key not in layout.unused:
+        if key not in layout.unused and not key.startswith(layout.foreign):
             first = keys.setdefault(layout.to_canonical(key), key)
             if first != key:
                 raise UserError(f"{where}: {shown(first)} and {shown(key)} are the same tensor: remove one of them")

@@ -28,12 +28,12 @@ def convert(
 
     Args:
         source: path or URL of a .pth or .safetensors file of any known layout.
-        destination: .pth, .pt or .safetensors file to write; replaced only when the new one is whole. It carries a
-            model card: source, its SHA-256 and layout, encoder, layout and version of the layout.
-        to: torchvision, timm, official, mmpretrain, detectron2 or spark_me. "official" is the whole model where the
-            source has a decoder; otherwise the encoder, a ConvNeXt's with its classifier. "torchvision" has no ConvNeXt
-            V2. "detectron2" has no ConvNeXt, and its own names of a ResNet, which its checkpointer matches to a
-            backbone; that needs `MODEL.RESNETS.STRIDE_IN_1X1: False` and RGB images.
+        destination: .pth, .pt or .safetensors file to write, for detectron2 also .pkl; replaced only when the new one
+            is whole. It carries a model card: source, its SHA-256 and layout, encoder, layout and its version.
+        to: torchvision, timm, official, mmpretrain, detectron2, fcmae or spark_me. "official" is the whole model where
+            the source has a decoder; otherwise the encoder, a ConvNeXt's with its classifier. "torchvision" has no
+            ConvNeXt V2, "fcmae" (that of ConvNeXt V2's authors) nothing else. "detectron2" has no ConvNeXt, and its own
+            names of a ResNet, which its checkpointer matches to a backbone; a note says what configuration that needs.
         encoder: which encoder the source must hold; anything else is an error.
 
     Raises:
@@ -42,7 +42,7 @@ def convert(
         WeightsError: for missing or unexpected keys, and for other shapes.
     """
     target = Path(destination)
-    check_target(target, source)
+    check_target(target, to, source)
     path = local_file(source)
     state = read_state(path)
     require_numbers(state, str(source))

@@ -48,7 +48,7 @@ CONVNEXT = Family(
     final_norm=(layer_norm("norm", "features"),),
 )
 
-_V1 = tuple(name for name, (version, _, _) in CONVNEXTS.items() if version == 1)
+_V1, _V2 = (tuple(name for name, row in CONVNEXTS.items() if row[0] == version) for version in (1, 2))
 # timm builds these with 1×1 convolutions for the two linear layers of a block.
 TIMM_CONV_MLP = ("convnextv2_atto", "convnextv2_femto", "convnextv2_pico", "convnextv2_nano")
 
@@ -107,7 +107,32 @@ _MMPRETRAIN: Rules = (
     *MMPRETRAIN_DECODER,
 )
 
+# The pretraining of ConvNeXt V2's authors, on MinkowskiEngine as well but for the stem.
+_FCMAE: Rules = (
+    ("encoder.downsample_layers.0.{n}.{leaf}", "encoder.downsample_layers.0.{n}.{leaf}"),
+    ("encoder.downsample_layers.{s}.0.{leaf}", "encoder.downsample_layers.{s}.0.ln.{leaf}"),
+    ("encoder.stages.{s}.{n}.norm.{leaf}", "encoder.stages.{s}.{n}.norm.ln.{leaf}"),
+    ("encoder.stages.{s}.{n}.pwconv{i}.{leaf}", "encoder.stages.{s}.{n}.pwconv{i}.linear.{leaf}"),
+    ("encoder.{rest}", "encoder.{rest}"),
+)
+
 CONVNEXT_LAYOUTS: tuple[Layout, ...] = (
+    # Before spark_me's own, whose names begin alike: the whole model, and its encoder by itself.
+    *(
+        Layout(
+            "fcmae",
+            _V2,
+            f"{prefix}downsample_layers.1.0.ln.",
+            tuple((ours, theirs.replace("encoder.", prefix)) for ours, theirs in _FCMAE),
+            parts=("encoder",),
+            ones=tuple(Ones(f"encoder.stages.{{s}}.{{n}}.grn.{leaf}", before=1) for leaf in ("gamma", "beta")),
+            wrapper="model",
+            sparse=True,
+            dense=("encoder.downsample_layers.0.",),
+            foreign=("proj.", "mask_token", "decoder.", "pred."),
+        )
+        for prefix in ("encoder.", "")
+    ),
     Layout(
         "torchvision",
         _V1,

@@ -19,10 +19,12 @@ from torch import Tensor
 from spark_me.errors import UserError, shown
 from spark_me.files import atomic_write, check_output, is_file
 from spark_me.weights.layout_rules import Layout
-from spark_me.weights.layouts import WRAPPERS
+from spark_me.weights.layouts import LAYOUTS, WRAPPERS
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", SAFETENSORS)
+PICKLE = ".pkl"
+"""Only ever written: reading it would run what is in it."""
 DEEPEST = 8
 """Entries that are looked for within each other; a file may hold one that holds itself."""
 CARD = "spark_me"
@@ -141,13 +143,13 @@ def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: M
     """Write a state dict as the readers of its layout expect it, with its model card. All of the file, or nothing.
 
     The card is the metadata of a .safetensors file, beside a digest of the tensors, as the format has no checksums; in
-    a .pth file it is the entry "spark_me" beside the state dict or, where readers expect a bare state dict,
-    `_metadata["spark_me"]` of it, which `load_state_dict` leaves alone.
+    a .pth or .pkl file it is the entry "spark_me" beside the state dict or, where readers expect a bare state dict,
+    `_metadata["spark_me"]` of it, which `load_state_dict` leaves alone. A .pkl file holds numpy arrays.
 
     Raises:
         UserError: for another suffix, or if the file cannot be written.
     """
-    check_target(path)
+    check_target(path, layout.name)
     if path.suffix == SAFETENSORS:
         tensors = {key: tensor.contiguous() for key, tensor in state.items()}
         content = _safetensors().save(tensors, metadata={"format": "pt", DIGEST: _digest_of(tensors), **card})
@@ -160,7 +162,10 @@ def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: M
     else:
         saved = {layout.wrapper: saved, **layout.extras, CARD: dict(card)}
     with atomic_write(path) as file:
-        torch.save(saved, file)
+        if path.suffix == PICKLE:
+            pickle.dump(saved | {layout.wrapper: {key: tensor.numpy() for key, tensor in state.items()}}, file)
+        else:
+            torch.save(saved, file)
 
 
 def read_card(path: Path) -> dict[str, str]:
@@ -182,14 +187,21 @@ def read_card(path: Path) -> dict[str, str]:
     return {}
 
 
-def check_target(path: Path, *inputs: str | os.PathLike[str]) -> None:
+def check_target(path: Path, to: str, *inputs: str | os.PathLike[str]) -> None:
     """Refuse a file that cannot be written, or that is read, before any work is done.
+
+    Args:
+        path: the file to write.
+        to: name of its layout.
+        inputs: what is read.
 
     Raises:
         UserError: for an unknown suffix, and as `check_output`.
     """
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(SUFFIXES)}")
+    pickled = any(layout.pickled for layout in LAYOUTS if layout.name == to)
+    suffixes = (*SUFFIXES, PICKLE) if pickled else SUFFIXES
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(suffixes)}")
     check_output(path, *inputs)
 
 

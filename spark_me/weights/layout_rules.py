@@ -46,6 +46,10 @@ class Layout:
         extras: further plain entries that those readers expect in a .pth file.
         unused: tensors that no computation reads; dropped when reading, written as zeros.
         sparse: of a sparse model: `kernel` and shapes are MinkowskiEngine's.
+        dense: how the canonical names begin that are torch's in it all the same.
+        foreign: how the keys begin of a decoder that has no counterpart here; dropped with a note.
+        hints: what the readers of such a file need to be told; notes of a conversion.
+        pickled: whether they also take a .pkl file of numpy arrays.
         version: raised when the names that we write change.
     """
 
@@ -59,6 +63,10 @@ class Layout:
     extras: Mapping[str, object] = field(default_factory=dict)
     unused: Mapping[str, Shape] = field(default_factory=dict)
     sparse: bool = False
+    dense: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    hints: tuple[str, ...] = ()
+    pickled: bool = False
     version: int = 1
 
     def to_canonical(self, key: str) -> str:
@@ -69,18 +77,23 @@ class Layout:
 
     def from_canonical(self, name: str, spec: TensorSpec | None = None) -> str:
         """This layout's key for a canonical name; `spec` is None for a tensor that no model has."""
-        if self.sparse and spec is not None and spec.kernel:
+        if spec is not None and self.is_kernel(name, spec):
             name = name.removesuffix(WEIGHT) + KERNEL
         return _translate(name, self.rules) or name
 
     def shape(self, name: str, spec: TensorSpec, encoder: str) -> Shape:
         """The shape in which this layout keeps a tensor of an encoder's model."""
-        if self.sparse:
-            return spec.sparse_shape or spec.shape
         for row in self.ones:
             if (row.encoders is None or encoder in row.encoders) and _pattern(row.name).fullmatch(name):
                 return (1,) * row.before + spec.shape + (1,) * row.after
-        return spec.shape
+        return spec.sparse_shape or spec.shape if self._is_sparse(name) else spec.shape
+
+    def is_kernel(self, name: str, spec: TensorSpec) -> bool:
+        """Whether this layout keeps a tensor, by its canonical name, as MinkowskiEngine's kernel."""
+        return spec.kernel and self._is_sparse(name)
+
+    def _is_sparse(self, name: str) -> bool:
+        return self.sparse and not name.startswith(self.dense)
 
 
 ALL_PARTS = ("encoder", "densify", "decoder", "norm", "fc")

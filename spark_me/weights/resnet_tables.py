@@ -107,6 +107,12 @@ RESNET_LAYOUTS: tuple[Layout, ...] = (
         parts=("encoder",),
         wrapper="model",
         extras={"__author__": "spark_me", "matching_heuristics": True},
+        hints=(
+            "detectron2 needs MODEL.RESNETS.STRIDE_IN_1X1: False, INPUT.FORMAT: RGB and, in that order of channels, "
+            "MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53], MODEL.PIXEL_STD: [58.395, 57.12, 57.375] (255 times "
+            "data.mean and data.std, if the weights were trained with others)",
+        ),
+        pickled=True,
     ),
     Layout(
         "spark_me", RESNETS, "encoder.layer1.", (("{rest}", "{rest}"),), parts=ALL_PARTS, wrapper="model", sparse=True

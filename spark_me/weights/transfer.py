@@ -74,8 +74,8 @@ def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, T
 
     Args:
         model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
-        layout: torchvision, timm, official, mmpretrain, detectron2 or spark_me. Decoder and mask tokens are left out
-            where the layout has no place for them. "dense", for any encoder, one's own too: its own names, with the
+        layout: torchvision, timm, official, mmpretrain, detectron2, fcmae or spark_me. Decoder and mask tokens are left
+            out where the layout has no place for them. "dense", for any encoder, one's own too: its own names, with the
             weights of dense layers.
 
     Raises:
