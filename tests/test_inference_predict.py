@@ -14,11 +14,13 @@ import torchvision
 from checkpoints import random_like
 from classifier_files import by_hand, fine_tuned, save_image, torchvision_resnet
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torchvision.transforms import functional
 
 import spark_me
 from spark_me.cli import main
+from spark_me.inference.classifier import imagenet_long_names
 from spark_me.weights import models
 
 
@@ -55,22 +57,32 @@ def test_equals_torchvisions_pipeline(weights, image, kind):
     # Floats are not rounded to 8 bits after resizing.
     tolerance = 0.02 if kind == "floats" else 1e-4
     prediction = spark_me.inference_model(weights, given)
+    scores = prediction.pop("pred_scores")
     assert prediction == {
         "pred_label": label,
         "pred_score": pytest.approx(score, rel=tolerance),
         "pred_class": torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"][label],
+        "pred_class_long": ImageNetInfo().index_to_description(label),
     }
+    assert isinstance(scores, np.ndarray) and scores.shape == (1000,) and scores.dtype == np.float32
+    assert scores.argmax() == label and scores.sum() == pytest.approx(1, abs=1e-5)
     assert type(prediction["pred_label"]) is int and type(prediction["pred_score"]) is float
+
+
+def test_long_names_are_wordnets():
+    information = ImageNetInfo()
+    assert imagenet_long_names() == [information.index_to_description(index) for index in range(1000)]
 
 
 def test_a_network_and_a_published_name(weights, image, monkeypatch):
     monkeypatch.setitem(models.PUBLISHED, "resnet18_test", models.Published("resnet18", 1000, str(weights)))
     network = spark_me.get_model("resnet18_test", pretrained=True)
     from_file = spark_me.inference_model(str(weights), image)
-    assert spark_me.inference_model(network, image) == from_file
+    scores = from_file.pop("pred_scores")
+    for model in (network, "resnet18_test", spark_me.load_classifier("resnet18_test")):
+        prediction = spark_me.inference_model(model, image)
+        assert np.array_equal(prediction.pop("pred_scores"), scores) and prediction == from_file
     assert not network.training
-    assert spark_me.inference_model("resnet18_test", image) == from_file
-    assert spark_me.inference_model(spark_me.load_classifier("resnet18_test"), image) == from_file
 
 
 def test_convnexts_see_less_of_an_image(tmp_path, image):
@@ -86,6 +98,7 @@ def test_convnexts_see_less_of_an_image(tmp_path, image):
 def test_top_k(weights, image):
     prediction = spark_me.inference_model(weights, image, top_k=3)
     ranked = prediction.pop("top_k")
+    del prediction["pred_scores"]
     assert ranked[0] == prediction
     found = [(row["pred_label"], pytest.approx(row["pred_score"], abs=1e-4)) for row in ranked]
     assert found == expected(torchvision_resnet(), by_hand(image))[:3]
@@ -130,6 +143,7 @@ def test_many_images_of_which_some_are_unreadable(weights, tmp_path, capsys):
     assert [entry.pop("image") for entry in entries] == [str(path) for path in order]
     for entry, path in zip(entries, order):
         alone = spark_me.inference_model(weights, path)
+        del alone["pred_scores"]
         assert entry == {**alone, "pred_score": pytest.approx(alone["pred_score"], rel=1e-4)}
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 1 + len(order)
@@ -163,7 +177,8 @@ def test_runs_without_the_engine_timm_and_omegaconf(weights, image):
         import spark_me
         model = spark_me.get_model("resnet50_spark-pre_300e_in1k")
         prediction = spark_me.inference_model(model, sys.argv[1])
-        assert set(prediction) == {"pred_label", "pred_score", "pred_class"}, prediction
+        names = {"pred_label", "pred_score", "pred_scores", "pred_class", "pred_class_long"}
+        assert set(prediction) == names, prediction
         spark_me.inference_model(sys.argv[2], sys.argv[1])
         assert not [name for name in sys.modules if name.startswith(("spark_me.train", "spark_me.sparse"))]
     """

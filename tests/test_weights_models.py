@@ -116,10 +116,29 @@ def test_every_listed_model_can_be_built():
     with torch.device("meta"):
         for name in spark_me.list_models():
             network = spark_me.get_model(name)
-            maps = network.extract_feat(torch.empty(1, 3, 64, 32))
+            assert not any(module.training for module in network.modules())
+            maps = network.feature_maps(torch.empty(1, 3, 64, 32))
             assert [tuple(x.shape[2:]) for x in maps] == [(16, 8), (8, 4), (4, 2), (2, 1)]
-            classes = 1000 if name in classifiers else maps[-1].shape[1]
-            assert network(torch.empty(2, 3, 64, 64)).shape == (2, classes)
+            width = maps[-1].shape[1]
+            shapes = [tuple(x.shape) for x in network.extract_feat(torch.empty(1, 3, 64, 32))]
+            assert shapes == ([(1, width)] if name in classifiers else [tuple(x.shape) for x in maps])
+            assert network(torch.empty(2, 3, 64, 64)).shape == (2, 1000 if name in classifiers else width)
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "convnext_tiny", "convnextv2_atto"])
+def test_extract_feat_of_a_classifier_is_what_its_last_layer_takes(encoder, assert_close):
+    network = models.build_network(encoder, num_classes=10).double().eval()
+    *_, last = (module for module in network.modules() if isinstance(module, torch.nn.Linear))
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    (features,) = network.extract_feat(images)
+    assert_close(last(features), network(images))
+
+
+def test_images_leave_a_model_as_it_was(checkpoint, tmp_path):
+    network = spark_me.get_model("resnet18", pretrained=tmp_path / "x.pth")
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    network.extract_feat(torch.randn(1, 3, 64, 64))
+    assert_bitwise(network.state_dict(), before)
 
 
 def test_fine_tuned_resnet50_has_the_published_number_of_parameters():

@@ -42,7 +42,7 @@ class _DenseResNet(nn.Module):
         self.network = DenseResNet(name)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.network.extract_feat(images)
+        return self.network.feature_maps(images)
 
 
 class _DenseConvNeXt(nn.Module):

@@ -3,12 +3,13 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 import torch
 from torch import Tensor, nn
 
 from spark_me.errors import UserError
-from spark_me.inference.model_file import ModelFile, read_model
+from spark_me.inference.model_file import read_model
 from spark_me.inference.view import View, recipe_view
 
 IMAGENET_CLASSES = 1000
@@ -23,11 +24,13 @@ class Classifier:
         network: images [B, C, H, W] → logits [B, number of classes]; in evaluation mode.
         classes: their names, in the order of the logits.
         view: how an image is shown to the network.
+        long_names: of ImageNet's classes, all names of each in WordNet; None of other classes.
     """
 
     network: nn.Module
     classes: Sequence[str]
     view: View
+    long_names: Sequence[str] | None = None
 
     @torch.inference_mode()
     def scores(self, images: Tensor) -> Tensor:
@@ -76,8 +79,15 @@ def load_classifier(
     file = read_model(source, raw=raw)
     if file.num_classes is None:
         raise UserError(f"{file.where}: {NO_CLASSIFIER} (`spark-me finetune`)")
-    classes = _names_of(file, class_names)
-    return Classifier(file.network(classifier=True), classes, file.view)
+    names = class_names if class_names is not None else file.classes
+    if names is None and file.num_classes != IMAGENET_CLASSES:
+        raise UserError(
+            f"{file.where}: its {file.num_classes} classes have no names: "
+            "give a fine-tuning checkpoint of spark_me, or class_names in Python"
+        )
+    if names is not None and len(names) != file.num_classes:
+        raise UserError(f"{file.where}: has {file.num_classes} classes, class_names {len(names)}: give one for each")
+    return _named(file.network(classifier=True), names, file.view)
 
 
 def imagenet_classes() -> list[str]:
@@ -87,18 +97,16 @@ def imagenet_classes() -> list[str]:
     return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
-def _names_of(file: ModelFile, class_names: Sequence[str] | None) -> Sequence[str]:
-    names = class_names if class_names is not None else file.classes
-    if names is None and file.num_classes == IMAGENET_CLASSES:
-        names = imagenet_classes()
-    if names is None:
-        raise UserError(
-            f"{file.where}: its {file.num_classes} classes have no names: "
-            "give a fine-tuning checkpoint of spark_me, or class_names in Python"
-        )
-    if len(names) != file.num_classes:
-        raise UserError(f"{file.where}: has {file.num_classes} classes, class_names {len(names)}: give one for each")
-    return names
+def imagenet_long_names() -> list[str]:
+    """All names of each of ImageNet's 1000 classes in WordNet, in the same order: `tench, Tinca tinca`."""
+    return files("spark_me.inference").joinpath("imagenet_names.txt").read_text(encoding="utf-8").splitlines()
+
+
+def _named(network: nn.Module, names: Sequence[str] | None, view: View) -> Classifier:
+    """A classifier whose classes are ImageNet's where no names are given."""
+    if names is not None:
+        return Classifier(network, names, view)
+    return Classifier(network, imagenet_classes(), view, imagenet_long_names())
 
 
 def _of_network(network: nn.Module, class_names: Sequence[str] | None) -> Classifier:
@@ -112,4 +120,4 @@ def _of_network(network: nn.Module, class_names: Sequence[str] | None) -> Classi
 
     channels = next((module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d)), 3)
     view = recipe_view(channels, resnet=isinstance(network, ResNet))
-    return Classifier(network.eval(), class_names if class_names is not None else imagenet_classes(), view)
+    return _named(network.eval(), class_names, view)

@@ -27,7 +27,7 @@ class Encoder:
 
     Attributes:
         name: of the encoder.
-        network: a dense network with `extract_feat`, in evaluation mode.
+        network: a dense network with `feature_maps`, in evaluation mode.
         view: how an image is shown to the network.
         stage: whose maps are taken, 1 to 4.
     """
@@ -49,7 +49,7 @@ class Encoder:
         """
         device = next(self.network.parameters()).device
         network: Any = self.network
-        maps: Tensor = network.extract_feat(images.to(device))[self.stage - 1]
+        maps: Tensor = network.feature_maps(images.to(device))[self.stage - 1]
         return maps.float().mean(dim=(2, 3))
 
 

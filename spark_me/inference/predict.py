@@ -31,8 +31,10 @@ def inference_model(
         class_names: of a model that does not bring them; ImageNet's for one of 1000 classes when None.
 
     Returns:
-        `pred_label` (int), `pred_score` (the soft-max, float) and `pred_class` (its name) of the likeliest class; with
-        `top_k` also `top_k`, a list of such dictionaries, the likeliest first.
+        `pred_label` (int), `pred_score` (the soft-max, float) and `pred_class` (its name) of the likeliest class, of
+        one of ImageNet's also `pred_class_long` (all its names); `pred_scores`, the soft-max of every class (numpy,
+        float32 [number of classes]); with `top_k` also `top_k`, a list of the first of these for so many classes, the
+        likeliest first.
 
     Raises:
         UserError: if the model is no classifier, its classes have no names, or the image cannot be used.
@@ -41,16 +43,17 @@ def inference_model(
     check_top_k(top_k)
     classifier = model if isinstance(model, Classifier) else load_classifier(model, class_names)
     scores = classifier.scores(classifier.view.see(image)[None])
-    return as_prediction(scores[0], classifier.classes, top_k)
+    return as_prediction(scores[0], classifier, top_k) | {"pred_scores": scores[0].cpu().numpy()}
 
 
-def as_prediction(scores: Tensor, classes: Sequence[str], top_k: int | None) -> dict[str, Any]:
-    """What `inference_model` returns, from the soft-max of one image."""
+def as_prediction(scores: Tensor, classifier: Classifier, top_k: int | None) -> dict[str, Any]:
+    """What `inference_model` returns but for all the scores, from the soft-max of one image."""
     best, labels = torch.topk(scores, min(top_k or 1, len(scores)))
-    ranked = [
-        {"pred_label": label, "pred_score": score, "pred_class": classes[label]}
-        for score, label in zip(best.tolist(), labels.tolist())
-    ]
+    ranked = []
+    for score, label in zip(best.tolist(), labels.tolist()):
+        ranked.append({"pred_label": label, "pred_score": score, "pred_class": classifier.classes[label]})
+        if classifier.long_names is not None:
+            ranked[-1]["pred_class_long"] = classifier.long_names[label]
     return dict(ranked[0]) if top_k is None else {**ranked[0], "top_k": ranked}
 
 

@@ -30,7 +30,8 @@ def predict_files(
         model: what `load_classifier` takes.
         images: files, and folders of them at any depth.
         top_k: how many classes to list for each image; the likeliest alone when None.
-        json_file: gets one list with, for each readable image, what `inference_model` returns and `image`, its path.
+        json_file: gets one list with, for each readable image, what `inference_model` returns but for `pred_scores`,
+            and `image`, its path.
         picture: PNG that gets the first images with their classes.
         raw: see `load_classifier`.
         device: auto, cpu, cuda, …
@@ -55,7 +56,7 @@ def predict_files(
         paths, classifier.view, classifier.scores, batch_size=batch_size, workers=workers, what="predicting"
     )
     readable = [paths[place] for place in results.places]
-    predictions = [as_prediction(scores, classifier.classes, top_k) for scores in results.rows]
+    predictions = [as_prediction(scores, classifier, top_k) for scores in results.rows]
     _write(classifier, readable, predictions, json_file, picture)
     print(table(readable, predictions))
     return report(results.unreadable)

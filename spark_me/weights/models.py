@@ -58,6 +58,8 @@ def list_models() -> list[str]:
 def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, in_channels: int = 3) -> "DenseNetwork":
     """A dense network for use downstream, with `extract_feat`: torchvision's, for ConvNeXt V2 timm's.
 
+    It is in evaluation mode. For training call `network.train()`: batch norms then take the statistics of the batch,
+    and update their own.
     Its images are RGB, normalised by ImageNet's mean (123.675, 116.28, 103.53) and deviation (58.395, 57.12, 57.375) of
     values 0-255, as those of the published weights were.
 
@@ -83,7 +85,7 @@ def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, i
     network = build_network(row.encoder, row.num_classes, in_channels)
     if pretrained is not False:
         load_weights(network, row.url if pretrained is True else pretrained)
-    return network
+    return network.eval()
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
