@@ -67,7 +67,8 @@ def build_model(
     decoder_width: int = 512,
     drop_path: float | None = None,
     backend: str = "fused",
-    zero_init_residual: bool = True,
+    init: str = "official",
+    zero_init_residual: bool | None = None,
 ) -> "SparK":
     """Build a SparK model with random weights.
 
@@ -79,18 +80,25 @@ def build_model(
         decoder_width: channels of the decoder at its deepest scale.
         drop_path: stochastic depth; the encoder's published default when None.
         backend: how sparse layers compute.
-        zero_init_residual: start ResNets' residual branches at zero, as published; False: at full strength, which a run
-            of a few thousand steps needs.
+        init: initial weights, as in the paper's own code (official) or in mmpretrain; they differ in the decoder's
+            convolutions and in zero_init_residual.
+        zero_init_residual: start ResNets' residual branches at zero; False: at full strength, which a run of a few
+            thousand steps needs; None: as `init` does, official at zero.
 
     Raises:
-        UserError: for an unknown encoder, a size or ratio that does not fit, or no branches that start at zero.
+        UserError: for an unknown encoder or init, a size or ratio that does not fit, or no branches that could start at
+            full strength.
         EngineError: if MinkowskiEngine is missing.
     """
     from spark_me.encoders import build_encoder
+    from spark_me.initial_weights import INITIAL_WEIGHTS
     from spark_me.spark import SparK
 
+    if init not in INITIAL_WEIGHTS:
+        raise UserError(f"init={init}: must be one of {', '.join(INITIAL_WEIGHTS)}")
     built = build_encoder(encoder, in_channels, drop_path)
-    if not zero_init_residual:
-        built.open_residuals()
+    closed = INITIAL_WEIGHTS[init].zero_init_residual if zero_init_residual is None else zero_init_residual
+    if not built.start_residuals(0.0 if closed else 1.0) and zero_init_residual is False:
+        raise UserError(f"{encoder} starts no residual branch at zero: leave out zero_init_residual=false")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SparK(built, size, in_channels, mask_ratio, decoder_width, backend)
+    return SparK(built, size, in_channels, mask_ratio, decoder_width, backend, init)

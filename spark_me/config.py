@@ -20,6 +20,7 @@ from spark_me.config_rules import finetune_rules, rules
 from spark_me.config_schema import FREE_KEYS, Config
 from spark_me.config_text import Plain, parse_value, parse_yaml, read_yaml
 from spark_me.errors import UserError, shown
+from spark_me.initial_weights import INITIAL_WEIGHTS
 
 __all__ = [
     "ON_THE_LINE",
@@ -137,6 +138,9 @@ def _resolve(layers: list[tuple[str, Layer]], schema: type[C], unchecked: Collec
     if isinstance(config, Config):
         # What a run records must not depend on a later version's defaults. Fine-tuning has them from its weights.
         config.data.mean, config.data.std = statistics_of(config.data, config.model.in_channels)
+        # Said twice is said once: what earlier versions recorded names the default of model.init.
+        if config.model.zero_init_residual == INITIAL_WEIGHTS[config.model.init].zero_init_residual:
+            config.model.zero_init_residual = None
     return config
 
 
@@ -209,7 +213,7 @@ def keys_of(schema: type[AnyConfig]) -> list[str]:
 
 def _check_keys(layer: Layer, origin: str, schema: type[AnyConfig]) -> None:
     valid = keys_of(schema)
-    sections = {key.partition(".")[0] for key in valid}
+    sections = {section for key in valid for section in _sections_of(key)}
     for key, _ in _leaves(layer):
         if key in ON_THE_LINE and origin != COMMAND_LINE:
             raise UserError(f"{key} {origin}: is for the command line alone: remove it there, and add {key}=true here")
@@ -235,9 +239,9 @@ def _describe_other_task(key: str, origin: str, task: str) -> str:
 
 def _types_of(key: str, schema: type[AnyConfig]) -> tuple[Any, ...]:
     """What a key may hold: `(str, NoneType)`."""
-    section, _, name = key.rpartition(".")
-    owner = typing.get_type_hints(schema)[section] if section else schema
-    hint = typing.get_type_hints(owner)[name]
+    hint: Any = schema
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint)[name]
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
 
 
@@ -307,10 +311,14 @@ def _leaves(layer: Layer) -> Iterator[tuple[str, Any]]:
 
 
 def _flatten(config: AnyConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in asdict(config).items():
-        values |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
-    return values
+    return dict(_leaves(asdict(config)))
+
+
+def _sections_of(key: str) -> Iterator[str]:
+    """The sections that a key lies in: of `a.b.c`, `a` and `a.b`."""
+    for place, character in enumerate(key):
+        if character == ".":
+            yield key[:place]
 
 
 def _any_key_of(section: str, valid: list[str]) -> str:

@@ -64,6 +64,9 @@ class DataConfig:
     """Shards are read in a random order, and their images are drawn from a buffer of so many; 1 keeps their order."""
     repeats: int = 1
     """How many crops of each image make one epoch; more than 1 is for data sets of a few images. Example: 16."""
+    drop_last: bool = True
+    """Leave out the images at an epoch's end that are no whole batch; false: fill their batch up, with the first images
+    of the epoch, as the published recipes do."""
     crop_scale: list[float] = field(default_factory=lambda: [0.67, 1.0])
     """Smallest and largest share of an image's area that a random crop takes."""
     flip: float = 0.5

@@ -20,6 +20,9 @@ class FinetuneModelConfig:
     """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels. Example: 1."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; it grows linearly from 0 at the first."""
+    classifier_std: float | None = None
+    """Deviation of the classifier's initial weights, of a normal distribution, with biases of zero; null: as
+    torchvision or timm starts it. Example: 0.01."""
 
 
 @dataclass
@@ -34,6 +37,9 @@ class FinetuneDataConfig:
     """Share of the training images that is used: of each class alike, at least one, drawn by run.seed. Example: 0.1."""
     repeats: int = 1
     """How many crops of each image make one epoch; more than 1 is for data sets of a few images. Example: 16."""
+    drop_last: bool = True
+    """Leave out the images at an epoch's end that are no whole batch; false: fill their batch up, with the first images
+    of the epoch, as the published recipes do."""
     repeated_augmentation: int = 1
     """Different crops of an image that a batch holds. An epoch is not longer for it: it has fewer of the images.
     Example: 3."""

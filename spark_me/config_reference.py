@@ -203,7 +203,7 @@ def _find(name: str, sections: Sequence[Section]) -> list[Key]:
     """The keys that a user means by a key, a section, or a key without its section."""
     keys = [key for section in sections for key in section.keys.values()]
     names = [key.name for key in keys] + [section.name for section in sections if section.name]
-    found = [key for key in keys if name in (key.name, key.section) and name in names]
+    found = [key for key in keys if f"{key.name}.".startswith(f"{name}.") and name in names]
     found = found or [key for key in keys if key.name.rpartition(".")[2] == name]
     if not found:
         from spark_me.config import nearest_key  # which reads YAML: importing that takes longer than all else here

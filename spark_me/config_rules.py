@@ -14,6 +14,7 @@ from spark_me.config_finetune import (
 from spark_me.config_schema import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from spark_me.encoders import list_encoders, patch_size_of
 from spark_me.encoders.registry import CONVNEXTS, RESNETS
+from spark_me.initial_weights import INITIAL_WEIGHTS
 
 BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
 OPTIMIZERS = ("lamb", "adamw")
@@ -58,6 +59,7 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     width = model.decoder_width
     yield "model.decoder_width", width > 0 and width % patch == 0, f"must be a positive multiple of {patch}"
     yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
+    yield "model.init", model.init in INITIAL_WEIGHTS, f"must be one of {', '.join(INITIAL_WEIGHTS)}"
     yield "model.init_from", model.init_from != "", "must be null, a published name, a path or a URL"
 
 
@@ -70,6 +72,8 @@ def _optim_rules(optim: OptimConfig) -> Iterator[Rule]:
     yield "optim.warmup_start_factor", 0 <= optim.warmup_start_factor <= 1, "must be a share of the peak in [0, 1]"
     yield "optim.end_factor", 0 <= optim.end_factor <= 1, "must be a share of the peak in [0, 1]"
     yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "must be null or positive"
+    largest = optim.lamb.max_grad_norm
+    yield "optim.lamb.max_grad_norm", largest is None or largest > 0, "must be null or positive"
 
 
 def _train_rules(train: TrainConfig) -> Iterator[Rule]:
@@ -114,6 +118,7 @@ def _finetune_model_rules(model: FinetuneModelConfig) -> Iterator[Rule]:
     yield "model.encoder", model.encoder in dense, f"must be one of {', '.join(dense)}"
     yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
     yield "model.drop_path", 0 <= model.drop_path < 1, "must be in [0, 1)"
+    yield "model.classifier_std", model.classifier_std is None or model.classifier_std >= 0, "must not be negative"
 
 
 def _finetune_data_rules(data: FinetuneDataConfig, channels: int) -> Iterator[Rule]:

@@ -26,12 +26,27 @@ class ModelConfig:
     are cheaper. Example: 256."""
     drop_path: float | None = None
     """Stochastic depth of the last block, the largest; null takes the encoder's default. Example: 0.1."""
-    zero_init_residual: bool = True
-    """Start ResNets' residual branches at zero, as published. In a run of a few thousand steps they open too little to
-    be of use: there, false."""
+    init: str = "official"
+    """Initial weights as in the paper's own code (official) or in mmpretrain: the decoder's convolutions differ, and
+    zero_init_residual. Example: mmpretrain."""
+    zero_init_residual: bool | None = None
+    """Start ResNets' residual branches at zero; null: as model.init does, official at zero, mmpretrain not. In a run of
+    a few thousand steps from zero they open too little to be of use: there, false. Example: false."""
     init_from: str | None = None
     """Weights to start from: a published name, a path or URL of any known layout, whole model or encoder alone. null:
     random. Not read again by a run that goes on from its own checkpoint. Example: spark_sparse-resnet50_800e_in1k."""
+
+
+@dataclass
+class LambConfig:
+    """What timm's LAMB leaves open; for optim.name=lamb."""
+
+    max_grad_norm: float | None = None
+    """Largest norm of the gradient inside LAMB, after optim.clip_norm; null does not clip there. Example: 1.0."""
+    bias_correction: bool = True
+    """Correct the averages of the gradient and its square for their start at zero."""
+    always_adapt: bool = False
+    """Scale the steps of parameters without weight decay, too, by the norm of their weights over that of their step."""
 
 
 @dataclass
@@ -59,6 +74,7 @@ class OptimConfig:
     """Learning rate of the last step, which a cosine leads to, as a share of the peak."""
     clip_norm: float | None = 5.0
     """Largest norm of the gradient, to which a larger one is scaled down; null does not clip. Example: 1.0."""
+    lamb: LambConfig = field(default_factory=LambConfig)
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.errors import UserError
+from spark_me.initial_weights import INITIAL_WEIGHTS, InitialWeights
 from spark_me.upsampling import pays_off, upsample_and_convolve
 
 
@@ -37,12 +38,13 @@ class Decoder(nn.Module):
         widths: channels that the maps need, deep to shallow; one more than there are blocks.
     """
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, width: int, patch_size: int, out_channels: int, init: str = "official") -> None:
         """
         Args:
             width: channels at the deepest scale; it halves at each block.
             patch_size: P; log2(P) blocks bring the grid back to pixels.
             out_channels: channels of the images.
+            init: whose initial weights, a name in `INITIAL_WEIGHTS`.
 
         Raises:
             UserError: if the width cannot be halved that often.
@@ -54,7 +56,7 @@ class Decoder(nn.Module):
         self.widths = [width // 2**level for level in range(depth + 1)]
         self.blocks = nn.ModuleList(DecoderBlock(*pair) for pair in zip(self.widths, self.widths[1:]))
         self.projection = nn.Conv2d(self.widths[-1], out_channels, 1)
-        self._initialise()
+        self._initialise(INITIAL_WEIGHTS[init])
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Densified maps, deep to shallow, [B, widths[i], fh·2^i, fw·2^i] → normalised pixels [B, C, H, W]."""
@@ -65,13 +67,17 @@ class Decoder(nn.Module):
             x = block(x)
         return self.projection(x)
 
-    def _initialise(self) -> None:
-        """Truncated normal (std 0.02) for weights, zero for biases, as in the published implementation."""
+    def _initialise(self, initial: InitialWeights) -> None:
+        """Kaiming normal (fan-out) for transposed convolutions, as the source says for the others; biases zero."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.ConvTranspose2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Conv2d):
+                initial.fill(module.weight)
+            else:
+                continue
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class _ReLU6(torch.autograd.Function):

@@ -26,10 +26,8 @@ class Densify(nn.Module):
         self.projection = (
             nn.Identity() if identity else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
         )
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        if isinstance(self.projection, nn.Conv2d) and self.projection.bias is not None:
-            nn.init.trunc_normal_(self.projection.weight, std=0.02)
-            nn.init.zeros_(self.projection.bias)
+        # As published: the token's distribution is cut at its own deviation, and projections keep torch's defaults.
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def forward(self, x: SparseTensor) -> Tensor:
         """Features [N, C] at stride s → [B, width, H/s, W/s]."""

@@ -45,6 +45,7 @@ class SparK(nn.Module):
         mask_ratio: float = 0.6,
         decoder_width: int = 512,
         backend: str = "fused",
+        init: str = "official",
     ) -> None:
         super().__init__()
         _check_scales(encoder)
@@ -54,7 +55,7 @@ class SparK(nn.Module):
         self.backend = backend
         masking.count_visible(self.grid, mask_ratio)  # refuse a ratio that leaves or hides no patch now, not later
         self.encoder = encoder
-        self.decoder = Decoder(decoder_width, self.patch_size, in_channels)
+        self.decoder = Decoder(decoder_width, self.patch_size, in_channels, init)
         deep_to_shallow = zip(encoder.channels[::-1], self.decoder.widths)
         self.densify = nn.ModuleList(
             Densify(channels, width, kernel_size=3 if level else 1, norm=encoder.densify_norm)

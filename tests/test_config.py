@@ -1,6 +1,7 @@
 """Configurations: inheritance, overrides, and one clear line for whatever is wrong."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from spark_me import cli, sparse
 from spark_me.config import Config, FinetuneConfig, differing_keys, load_config, parse_config, to_yaml
 from spark_me.config_rules import BACKENDS
-from spark_me.config_schema import FREE_KEYS
+from spark_me.config_schema import FREE_KEYS, LambConfig
 from spark_me.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -141,6 +142,8 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "optim.warmup_epochs=5000",
         "optim.warmup_epochs=null",
         "optim.clip_norm=0",
+        "optim.lamb.max_grad_norm=0",
+        "model.init=timm",
         "train.epochs=-3",
         "train.epochs=null",
         "train.batch_size=0",
@@ -308,6 +311,32 @@ def test_statistics_that_are_not_given_are_imagenets_and_recorded(write: Write) 
     assert load_config(path).data.mean == [0.485, 0.456, 0.406]
     assert load_config(path, ["model.in_channels=1"]).data.std == [0.226]
     assert "0.485" in to_yaml(load_config(path))
+
+
+def test_keys_of_a_section_within_a_section(write: Write) -> None:
+    path = write("c.yaml", "data: {root: a}\noptim: {lamb: {max_grad_norm: 1.0}, lamb.always_adapt: true}")
+    config = load_config(path, ["optim.lamb.bias_correction=false"])
+    assert config.optim.lamb == LambConfig(max_grad_norm=1.0, bias_correction=False, always_adapt=True)
+    assert differing_keys(config, parse_config(to_yaml(config), "c")) == []
+    assert differing_keys(load_config(path), config) == ["optim.lamb.bias_correction: True → False"]
+    for override, problem in (
+        ("optim.lamb.max_norm=1", "unknown key optim.lamb.max_norm.*did you mean optim.lamb.max_grad_norm"),
+        ("optim.lamb=1", "optim.lamb .*is a section: give its keys, for example optim.lamb.max_grad_norm"),
+        ("optim.lamb.always_adapt=2.5", "optim.lamb.always_adapt"),
+    ):
+        assert re.search(problem, message_of(path, override))
+
+
+def test_residual_branches_are_said_once(write: Write) -> None:
+    """What a run recorded before there was model.init is the same configuration."""
+    path = write("c.yaml", "data: {root: a}")
+    recorded = to_yaml(load_config(path)).replace("zero_init_residual: null", "zero_init_residual: true")
+    earlier = recorded.replace("  init: official\n", "")
+    assert earlier.count("init") == 2 and "zero_init_residual: true" in earlier  # and init_from
+    assert differing_keys(parse_config(earlier, "c"), load_config(path)) == []
+    other = load_config(path, ["model.init=mmpretrain"])
+    assert differing_keys(load_config(path), other) == ["model.init: official → mmpretrain"]
+    assert load_config(path, ["model.zero_init_residual=false"]).model.zero_init_residual is False
 
 
 def test_nan_is_the_same_nodata_again(write: Write) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,10 @@ SCHEMAS = {"pretraining": Config, "fine-tuning": FinetuneConfig}
 def defaults_of(schema: type) -> dict[str, Any]:
     """Every key of a schema and its default, walked here."""
     found = {}
-    for top in fields(schema):
-        value = getattr(schema(), top.name)
-        if is_dataclass(value):
-            found |= {f"{top.name}.{key.name}": getattr(value, key.name) for key in fields(value)}
-        else:
-            found[top.name] = value
+    for each in fields(schema):
+        value = getattr(schema(), each.name)
+        inner = defaults_of(type(value)) if is_dataclass(value) else {}
+        found |= {f"{each.name}.{key}": default for key, default in inner.items()} or {each.name: value}
     return found
 
 
@@ -108,7 +107,7 @@ def test_every_key_is_explained(key: str) -> None:
     rows = explain(key)
     tasks = [task for task in SCHEMAS if key in DEFAULTS[task]]
     assert rows["task"] == " and ".join(tasks)
-    assert rows["section"] == (key.split(".")[0] if "." in key else "none: it stands at the top of the file")
+    assert rows["section"] == (key.rpartition(".")[0] if "." in key else "none: it stands at the top of the file")
     stated = by_task(rows["default"], key)
     for task in tasks:
         # Read as the command line would be: yaml alone takes 1e-05 for a text.
@@ -127,7 +126,7 @@ def test_meanings_stand_in_the_source(key: str) -> None:
     said = explain(key)["meaning"].splitlines()
     tasks = [task for task in SCHEMAS if key in DEFAULTS[task]]
     for place, task in enumerate(tasks):
-        owner = type(getattr(SCHEMAS[task](), section)) if section else SCHEMAS[task]
+        owner = type(attrgetter(section)(SCHEMAS[task]())) if section else SCHEMAS[task]
         below = [
             re.search(rf'\n    {name}: [^\n]*\n    """(.*?)"""', inspect.getsource(each), re.DOTALL)
             for each in owner.__mro__[:-1]
@@ -152,13 +151,17 @@ def test_examples_are_values_of_the_keys_type(key: str) -> None:
 def test_the_list_has_all_keys_by_section_and_fits_80_columns() -> None:
     listed = text_reference([], 80)
     assert max(map(len, listed.splitlines())) <= 80
-    found = re.findall(r"^(?:  )?([a-z_.]+)(?::|  )", listed, re.MULTILINE)
-    sections = ["model", "data", "optim", "train", "run"]
-    assert [name for name in found if "." not in name] == ["weights", *sections]
-    for section in sections:
-        after = found[found.index(section) + 1 :]
-        own = after[: next((place for place, name in enumerate(after) if "." not in name), None)]
-        assert sorted(own) == [key for key in KEYS if key.startswith(f"{section}.")]
+    found = re.findall(r"^(  )?([a-z_.]+)(?::|  )", listed, re.MULTILINE)
+    by_section: dict[str, list[str]] = {}
+    for indented, name in found:
+        if indented and by_section:
+            by_section[list(by_section)[-1]].append(name)
+        elif not indented:
+            by_section[name] = []
+    assert [name for indented, name in found if indented][0] == "weights"
+    assert list(by_section) == ["model", "data", "optim", "optim.lamb", "train", "run"]
+    for section, own in by_section.items():
+        assert sorted(own) == [key for key in KEYS if key.rpartition(".")[0] == section]
 
 
 def test_the_list_says_the_first_sentence_alone() -> None:

@@ -1,5 +1,7 @@
 """The order of samples: a permutation in every epoch, the same from any step on, split between processes."""
 
+import pytest
+
 from spark_me.data.randomness import CROP, ORDER, seed_of
 from spark_me.data.sampler import StepSampler
 
@@ -12,6 +14,22 @@ def test_every_epoch_is_a_permutation_without_the_ragged_end() -> None:
         assert {e for e, _ in keys} == {epoch}
         indices = {index for _, index in keys}
         assert len(indices) == 9 and indices <= set(range(10))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_ragged_end_may_be_filled_up_with_other_crops_of_the_epochs_first_images(copies: int) -> None:
+    sampler = StepSampler(10, 4, steps=6, seed=0, copies=copies, drop_last=False)
+    assert sampler.steps_per_epoch == 3
+    epochs = [[key for batch in list(sampler)[start : start + 3] for key in batch] for start in (0, 3)]
+    for number, keys in enumerate(epochs):
+        assert {epoch for epoch, _ in keys} == {number}
+        indices = [index for _, index in keys]
+        assert len(indices) == len(set(indices)) == 12  # no crop twice
+        assert [index % 10 for index in indices[10:]] == [index % 10 for index in indices[:2]]
+        whole = list(StepSampler(10, 10, steps=2, seed=0, copies=copies))[number]
+        assert indices[:10] == [index for _, index in whole]
+    # Nothing to fill up.
+    assert list(StepSampler(12, 4, steps=3, seed=0, drop_last=False)) == list(StepSampler(12, 4, steps=3, seed=0))
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -104,6 +104,15 @@ def test_repeats_are_passes(pattern: str) -> None:
     assert Counter(numbers(batches)) == Counter(list(range(24)) * 2)
 
 
+def test_the_last_batch_may_be_filled_up_with_images_that_come_again(pattern: str) -> None:
+    batches = list(sampler(pattern, batch_size=5, steps=10, drop_last=False))
+    for epoch in (batches[:5], batches[5:]):  # 24 images are 4.8 batches
+        assert all(len(batch) == 5 for batch in epoch)
+        assert set(numbers(epoch)) == set(range(24))
+        assert len({key[1] for batch in epoch for key in batch}) == 25
+    assert [{key[0] for key in batch} for batch in batches] == [{0}] * 5 + [{1}] * 5
+
+
 def loader_config(pattern: str, workers: int) -> Config:
     config = Config(data=DataConfig(kind="webdataset", root=pattern, workers=workers, shuffle_buffer=8))
     config.model.image_size = [32, 64]

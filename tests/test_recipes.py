@@ -1,6 +1,7 @@
 """Every configuration that is shipped: its numbers are the published ones, its model is built and takes a step."""
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,13 +13,14 @@ from torch import nn
 from spark_me import sparse
 from spark_me.config import load_config
 from spark_me.data.files import find_files
+from spark_me.spark import SparK
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.loop import Stepper
 from spark_me.train.optim import build_optimizer
 from spark_me.train.precision import Precision
 from spark_me.train.pretraining import Pretraining
 from spark_me.train.reconstruct import model_of
-from spark_me.train.schedules import build_schedule
+from spark_me.train.schedules import build_schedule, count_steps_per_epoch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = CONFIGS / "pretrain"
@@ -35,6 +37,9 @@ class Source(NamedTuple):
     first_lr: float
     peak_lr: float
     last_lr: float
+    init: str
+    inner_clip: float | None
+    """At which norm LAMB itself clips, after the step's clipping at 5."""
 
 
 class Recipe(NamedTuple):
@@ -53,8 +58,10 @@ class Recipe(NamedTuple):
     mask_ratio: float = 0.6
 
 
-MMPRETRAIN = Source(512, 0.2, "bf16", 1.6e-7, 1.6e-3, 0.0)
-OFFICIAL = Source(768, 0.67, "tf32", 1.6e-5, 3.2e-3, 3.2e-6)
+MMPRETRAIN = Source(512, 0.2, "bf16", 1.6e-7, 1.6e-3, 0.0, "mmpretrain", 1.0)
+OFFICIAL = Source(768, 0.67, "tf32", 1.6e-5, 3.2e-3, 3.2e-6, "official", None)
+STEPS_OF_EPOCH = {4096: 313, 2048: 626}
+"""The last batch is filled up: 1,281,167 images are 312.8 and 625.6 of them."""
 RECIPES = {
     "spark_sparse-resnet50_8xb512-amp-coslr-800e_in1k": Recipe(MMPRETRAIN, "resnet50", 0.05, 800, 8.66063e-4),
     "spark_sparse-resnet50_8xb512-amp-coslr-1600e_in1k": Recipe(MMPRETRAIN, "resnet50", 0.05, 1600, 8.32213e-4),
@@ -96,6 +103,12 @@ def test_numbers_are_the_published_ones(name: str) -> None:
     assert [255 * value for value in config.data.std or []] == pytest.approx([58.395, 57.12, 57.375])
     assert (config.optim.name, config.optim.betas) == ("lamb", [0.9, recipe.beta2])
     assert config.optim.clip_norm == 5.0
+    assert asdict(config.optim.lamb) == {
+        "max_grad_norm": source.inner_clip,
+        "bias_correction": True,
+        "always_adapt": False,
+    }
+    assert (config.model.init, config.model.zero_init_residual) == (source.init, None)
     assert (config.train.epochs, config.train.batch_size) == (recipe.epochs, recipe.batch_size)
     assert config.train.precision == source.precision
 
@@ -103,7 +116,8 @@ def test_numbers_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_curves_are_the_published_ones(name: str) -> None:
     recipe, config = RECIPES[name], load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
-    each = IMAGENET // recipe.batch_size
+    each = STEPS_OF_EPOCH[recipe.batch_size]
+    assert count_steps_per_epoch(IMAGENET, config) == each
     schedule = build_schedule(config, each)
     last = recipe.epochs * each - 1
     assert schedule.steps == last + 1
@@ -141,6 +155,7 @@ def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     if config.train.precision == "tf32":
         config.train.precision = "fp32"
     task = Pretraining(config, find_files(config.data), CPU)
+    assert_initial_weights(task.model, RECIPES[name].source.init if name in RECIPES else "official")
     optimizer = build_optimizer(task.model, config.optim)
     assert_decay_reaches_weights_alone(task.model, optimizer)
     precision = Precision(config.train.precision, CPU)
@@ -151,6 +166,40 @@ def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     values = stepper.step([next(iter(task.batches(0, 0)))])
     assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < 3
     assert not torch.equal(watched, before) and watched.isfinite().all()
+
+
+def assert_initial_weights(model: SparK, source: str) -> None:
+    """Every tensor but the encoder's convolutions is distributed as the source's own code starts it."""
+    blocks = model.decoder.blocks
+    for block in blocks:
+        width = block.upsample.in_channels
+        assert_normal(block.upsample.weight, (2 / (16 * width)) ** 0.5)  # by fan-out, as torch counts it: Cin · 4 · 4
+        for convolution in (block.conv1, block.conv2):
+            by_fan = (2 / (9 * convolution.out_channels)) ** 0.5
+            assert_normal(convolution.weight, by_fan if source == "mmpretrain" else 0.02)
+    assert_normal(model.decoder.projection.weight, (2 / 3) ** 0.5 if source == "mmpretrain" else 0.02)
+    assert not any(
+        tensor.any() for tensor in (model.decoder.projection.bias, *(block.upsample.bias for block in blocks))
+    )
+    for densify in model.densify:
+        token = densify.mask_token
+        assert token.abs().max() <= 0.02
+        assert token.std().item() == pytest.approx(0.0108, rel=5 / token.numel() ** 0.5)
+        if isinstance(densify.projection, nn.Conv2d):
+            largest = densify.projection.weight[0].numel() ** -0.5
+            for tensor in (densify.projection.weight, densify.projection.bias):
+                assert 0.9 * largest < tensor.abs().max() <= largest
+                assert tensor.std().item() == pytest.approx(largest / 3**0.5, rel=5 / tensor.numel() ** 0.5)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.LayerNorm):
+            ends_branch = name.startswith("encoder.layer") and name.endswith(".bn3")
+            assert (module.weight == (0 if ends_branch and source == "official" else 1)).all() and not module.bias.any()
+
+
+def assert_normal(weight: torch.Tensor, std: float) -> None:
+    assert weight.std().item() == pytest.approx(std, rel=5 / (2 * weight.numel()) ** 0.5)
+    assert weight.mean().item() == pytest.approx(0, abs=5 * std / weight.numel() ** 0.5)
+    assert weight.abs().max() > 2.2 * std or weight.numel() < 100  # has a normal distribution's tails
 
 
 def assert_decay_reaches_weights_alone(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,6 @@
 """Every fine-tuning recipe: its numbers are the published ones, and its network takes a step."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from spark_me.train.finetuning import Finetuning
 from spark_me.train.loop import Stepper
 from spark_me.train.optim import build_optimizer
 from spark_me.train.precision import Precision
-from spark_me.train.schedules import build_schedule
+from spark_me.train.schedules import build_schedule, count_steps_per_epoch
 
 FINETUNE = Path(__file__).parents[1] / "configs" / "finetune"
 IMAGENET = 1_281_167
@@ -42,23 +43,34 @@ class Recipe(NamedTuple):
     test_resize: int
     stem_scale: float
     """The stem's share of the learning rate: the decay to the power of the groups behind it."""
+    lamb: dict[str, float | bool] | None = None
+    """Options of LAMB, where that is the optimizer."""
+    classifier_std: float | None = None
+    """Of its initial weights, in mmpretrain's normal distribution; None for that of torchvision or timm."""
 
 
+OFFICIAL_LAMB = {"max_grad_norm": 1e7, "bias_correction": False, "always_adapt": True}
+MMPRETRAIN_LAMB = {"max_grad_norm": 1.0, "bias_correction": True, "always_adapt": False}
 # fmt: off
 RECIPES = {
     "resnet50_8xb256-coslr-300e_in1k": Recipe(
-        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 1.6e-6, 1e-6, "bce", 0.1, 1, None, 0.05, 236, 0.0823543),
+        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 1.6e-6, 1e-6, "bce", 0.1, 1, None, 0.05, 236, 0.0823543,
+        MMPRETRAIN_LAMB, 0.01),
     "convnextv2-tiny_8xb256-coslr-300e_in1k": Recipe(
         "convnextv2_tiny", 2048, "adamw", 3.2e-3, 0.05, 0.7, 300, 20, 3.2e-7, 1e-5, "ce", 0.8, 3, 0.9999, 0.1, 256,
         0.0823543),
     "resnet50_official-300e_in1k": Recipe(
-        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 8e-5, 1.6e-5, "bce", 0.1, 1, 0.9999, 0.05, 236, 0.0823543),
+        "resnet50", 2048, "lamb", 0.016, 0.02, 0.7, 300, 5, 8e-5, 1.6e-5, "bce", 0.1, 1, 0.9999, 0.05, 236, 0.0823543,
+        OFFICIAL_LAMB),
     "resnet101_official-300e_in1k": Recipe(
-        "resnet101", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0549756),
+        "resnet101", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0549756,
+        OFFICIAL_LAMB),
     "resnet152_official-300e_in1k": Recipe(
-        "resnet152", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0439805),
+        "resnet152", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0439805,
+        OFFICIAL_LAMB),
     "resnet200_official-300e_in1k": Recipe(
-        "resnet200", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0180144),
+        "resnet200", 2048, "lamb", 0.008, 0.02, 0.8, 300, 5, 4e-5, 8e-6, "bce", 0.1, 1, 0.9999, 0.2, 236, 0.0180144,
+        OFFICIAL_LAMB),
     "convnext-small_official-400e_in1k": Recipe(
         "convnext_small", 4096, "adamw", 3.2e-3, 0.01, 0.7, 400, 20, 1.6e-5, 3.2e-6, "ce", 0.8, 3, 0.9999, 0.3, 236,
         0.00968890),
@@ -95,7 +107,10 @@ def test_numbers_and_curves_are_the_published_ones(name: str) -> None:
     assert config.optim.layer_decay == recipe.layer_decay
     assert (train.loss, train.label_smoothing, train.mixup, train.cutmix) == (recipe.loss, 0.1, recipe.mixup, 1.0)
     assert (train.ema, train.batch_size, train.epochs) == (recipe.ema, recipe.batch_size, recipe.epochs)
-    each = IMAGENET // recipe.batch_size
+    assert recipe.lamb is None or asdict(config.optim.lamb) == recipe.lamb
+    assert model.classifier_std == recipe.classifier_std
+    each = {4096: 313, 2048: 626}[recipe.batch_size]  # the last batch is filled up
+    assert count_steps_per_epoch(IMAGENET, config) == each
     schedule = build_schedule(config, each)
     last = recipe.epochs * each - 1
     assert schedule.lr(0) == pytest.approx(recipe.first_lr)
@@ -121,6 +136,7 @@ def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> No
     stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
     values = stepper.step([next(iter(task.batches(0, 0)))])
     assert values["loss"] > 0
+    assert_initial_classifier(before, config.model.classifier_std)
     head = next(key for key in before if key.endswith(("fc.weight", "classifier.2.weight")))
     assert not torch.equal(task.model.state_dict()[head], before[head])
     rates = {group["lr"] / schedule.lr(0) for group in optimizer.param_groups}
@@ -130,3 +146,15 @@ def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> No
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, config.optim.weight_decay}
     if task.ema is not None:
         torch.testing.assert_close(task.ema.module.state_dict()[head], task.model.state_dict()[head])
+
+
+def assert_initial_classifier(state: dict[str, torch.Tensor], std: float | None) -> None:
+    """Of mmpretrain's ResNet normal, else torch's default for ResNets and as all layers for ConvNeXts, bias 0."""
+    weight = next(state[key] for key in state if key.endswith(("fc.weight", "classifier.2.weight")))
+    bias = next(state[key] for key in state if key.endswith(("fc.bias", "classifier.2.bias")))
+    uniform = std is None and "conv1.weight" in state
+    largest = weight.shape[1] ** -0.5
+    expected = largest / 3**0.5 if uniform else std or 0.02
+    assert weight.std().item() == pytest.approx(expected, rel=5 / (2 * weight.numel()) ** 0.5)
+    assert (weight.abs().max() <= largest) == uniform
+    assert bias.any() == uniform

@@ -228,5 +228,12 @@ def test_residual_branches_start_at_zero_or_open():
         assert last and all((closed[key] == 0).all() and (opened[key] == 1).all() for key in last)
         others = {key for key in closed if key.endswith(".weight") and "bn" in key} - last
         assert all((closed[key] == 1).all() and (opened[key] == 1).all() for key in others)
-    with pytest.raises(spark_me.UserError, match="ConvNeXt starts no residual branch at zero"):
+        as_mmpretrain = spark_me.build_model(name, decoder_width=32, init="mmpretrain").encoder.state_dict()
+        assert all((as_mmpretrain[key] == 1).all() for key in last)
+        closed = spark_me.build_model(name, decoder_width=32, init="mmpretrain", zero_init_residual=True).encoder
+        assert all((closed.state_dict()[key] == 0).all() for key in last)
+    spark_me.build_model("convnextv2_atto", decoder_width=32, init="mmpretrain")  # has none, and is asked for none
+    with pytest.raises(spark_me.UserError, match="init=timm: must be one of official, mmpretrain"):
+        spark_me.build_model("resnet18", init="timm")
+    with pytest.raises(spark_me.UserError, match="convnextv2_atto starts no residual branch at zero"):
         spark_me.build_model("convnextv2_atto", decoder_width=32, zero_init_residual=False)

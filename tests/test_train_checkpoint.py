@@ -13,7 +13,7 @@ from torch import nn
 
 from spark_me import build_model, cli
 from spark_me.config import Config
-from spark_me.config_schema import DataConfig
+from spark_me.config_schema import DataConfig, LambConfig, OptimConfig
 from spark_me.errors import UserError
 from spark_me.spark import SparK
 from spark_me.train import pretraining
@@ -179,6 +179,22 @@ def test_entries_that_are_missing_or_of_other_types(
     del content[entry]
     torch.save(content, path)
     expect_one_line(path, f"its entry {entry} is missing or of another type: use an earlier checkpoint")
+
+
+def test_options_of_the_optimizer_are_those_of_the_run_that_goes_on(trained: TrainState, tmp_path: Path) -> None:
+    """`optim` may change where a run goes on from a named checkpoint; averages and counts are the checkpoint's."""
+    content = read_checkpoint(save(tmp_path, trained))
+    options = OptimConfig(
+        betas=[0.8, 0.7], lamb=LambConfig(max_grad_norm=2.0, bias_correction=False, always_adapt=True)
+    )
+    state = make_state(seed=1)
+    state.optimizer = build_optimizer(state.model, options)
+    restore(state, content, tmp_path)
+    for group in state.optimizer.param_groups:
+        assert (group["betas"], group["bias_correction"], group["always_adapt"]) == ((0.8, 0.7), False, True)
+        assert group["step"] == 1
+    assert state.optimizer.defaults["max_grad_norm"] == 2.0
+    assert_equal(state.optimizer.state_dict()["state"], trained.optimizer.state_dict()["state"])
 
 
 def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

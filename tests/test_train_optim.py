@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me import build_model, sparse
-from spark_me.config_schema import OptimConfig
+from spark_me.config_schema import LambConfig, OptimConfig
 from spark_me.train.optim import build_optimizer, parameter_groups
 
 
@@ -68,3 +68,58 @@ def test_first_lamb_step_by_hand(assert_close: Callable[[Tensor, Tensor], None])
     optimizer.step()
     update = torch.tensor([[1.0, 1.0]]) + 0.2 * weight
     assert_close(layer.weight.detach(), weight - 0.1 * update * (5.0 / update.norm()))
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "options"),
+    [
+        (5.0, LambConfig()),  # the paper's own pretraining
+        (5.0, LambConfig(max_grad_norm=1.0)),  # mmpretrain's
+        (None, LambConfig(max_grad_norm=1.0)),  # mmpretrain's fine-tuning
+        (None, LambConfig(max_grad_norm=1e7, bias_correction=False, always_adapt=True)),  # the paper's own
+    ],
+)
+def test_five_steps_equal_lamb_as_published(clip_norm: float | None, options: LambConfig) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(30, 20, dtype=torch.float64)
+    gradients = [{key: torch.randn_like(tensor) for key, tensor in layer.named_parameters()} for _ in range(5)]
+    for gradient, norm in zip(gradients, (3, 40, 0.5, 12, 25), strict=True):
+        length = sum(float(tensor.square().sum()) for tensor in gradient.values()) ** 0.5
+        gradient |= {key: tensor * (norm / length) for key, tensor in gradient.items()}
+    expected = lamb_by_the_paper(dict(layer.named_parameters()), gradients, clip_norm, options)
+    optimizer = build_optimizer(layer, OptimConfig(name="lamb", betas=[0.9, 0.95], lamb=options))
+    for group in optimizer.param_groups:
+        group.update(lr=0.1, weight_decay=0.2 if group["decayed"] else 0.0)
+    for gradient in gradients:
+        for key, parameter in layer.named_parameters():
+            parameter.grad = gradient[key].clone()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(layer.parameters(), clip_norm)
+        optimizer.step()
+    for key, parameter in layer.named_parameters():
+        assert (parameter - expected[key]).abs().max() < 1e-12 * expected[key].abs().max(), key
+
+
+def lamb_by_the_paper(
+    weights: dict[str, Tensor], gradients: list[dict[str, Tensor]], clip_norm: float | None, options: LambConfig
+) -> dict[str, Tensor]:
+    """Algorithm 2 of arXiv 1904.00962, with what the published implementations make of it; lr 0.1, decay 0.2."""
+    weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
+    first = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
+    second = {key: torch.zeros_like(tensor) for key, tensor in weights.items()}
+    for step, gradient in enumerate(gradients, 1):
+        for largest, added in ((clip_norm, 1e-6), (options.max_grad_norm, 0)):  # torch's clipping adds to the norm
+            norm = torch.cat([tensor.flatten() for tensor in gradient.values()]).norm() + added
+            if largest is not None and norm > largest:
+                gradient = {key: tensor * (largest / norm) for key, tensor in gradient.items()}
+        for key, weight in weights.items():
+            first[key] = 0.9 * first[key] + 0.1 * gradient[key]
+            second[key] = 0.95 * second[key] + 0.05 * gradient[key] ** 2
+            corrections = (1 - 0.9**step, 1 - 0.95**step) if options.bias_correction else (1, 1)
+            update = (first[key] / corrections[0]) / ((second[key] / corrections[1]).sqrt() + 1e-6)
+            decay = 0.2 if key == "weight" else 0.0
+            update = update + decay * weight
+            if decay or options.always_adapt:
+                update = update * (weight.norm() / update.norm())
+            weights[key] = weight - 0.1 * update
+    return weights

@@ -77,7 +77,7 @@ def held_out_loader(
     return _loader(dataset, sampler, config.data.workers, pin_memory)
 
 
-def _order(config: AnyConfig, first_step: int, rank: int, world_size: int) -> dict[str, int]:
+def _order(config: AnyConfig, first_step: int, rank: int, world_size: int) -> dict[str, Any]:
     """What decides which samples a process gets at each step, whichever sampler hands them out."""
     return {
         "seed": config.run.seed,
@@ -85,6 +85,7 @@ def _order(config: AnyConfig, first_step: int, rank: int, world_size: int) -> di
         "rank": rank,
         "world_size": world_size,
         "accumulate": config.train.accumulate,
+        "drop_last": config.data.drop_last,
     }
 
 

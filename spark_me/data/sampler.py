@@ -8,11 +8,17 @@ from torch.utils.data import Sampler
 from spark_me.data.randomness import ORDER, generator_of
 
 
+def steps_of_epoch(samples: int, batch_size: int, *, drop_last: bool) -> int:
+    """How many batches an epoch has, of which the last may be left out where it is not full."""
+    return samples // batch_size if drop_last else -(-samples // batch_size)
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
 
-    Every epoch is a new permutation; what does not fill a step's batch at its end is dropped. With `copies`, repeated
-    augmentation: an epoch has as many samples, but each `copies` times in a row, so that it sees fewer of them.
+    Every epoch is a new permutation. What does not fill a step's batch at its end is dropped, or filled up with its
+    first samples. With `copies`, repeated augmentation: an epoch has as many samples, but each `copies` times in a row,
+    so that it sees fewer of them.
     """
 
     def __init__(
@@ -27,6 +33,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         accumulate: int = 1,
         copies: int = 1,
+        drop_last: bool = True,
     ) -> None:
         """
         Args:
@@ -39,10 +46,11 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             world_size: number of processes.
             accumulate: micro-batches that a process's share of a step comes in.
             copies: how often a sample comes, the k-th time (from 0) as the index k · samples + sample.
+            drop_last: whether an epoch's last batch is left out where it is not full, or else filled up.
         """
         self.samples = samples
         self.batch_size = batch_size
-        self.steps_per_epoch = samples // batch_size
+        self.steps_per_epoch = steps_of_epoch(samples, batch_size, drop_last=drop_last)
         self.steps = steps
         self.seed = seed
         self.first_step = first_step
@@ -67,4 +75,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     def _order(self, epoch: int) -> list[int]:
         order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
-        return [index + copy * self.samples for index in order for copy in range(self.copies)][: self.samples]
+        order = [index + copy * self.samples for index in order for copy in range(self.copies)][: self.samples]
+        # One copy more than there are: another crop and another mask of the same image.
+        missing = max(0, self.steps_per_epoch * self.batch_size - self.samples)
+        return order + [index + self.copies * self.samples for index in order[:missing]]

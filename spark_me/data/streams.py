@@ -12,6 +12,7 @@ from torch.utils.data import Sampler
 
 from spark_me.data.randomness import ORDER, SHUFFLE, generator_of, seed_of
 from spark_me.data.reading import Encoded
+from spark_me.data.sampler import steps_of_epoch
 from spark_me.data.shards import Shards
 from spark_me.errors import UserError
 
@@ -43,6 +44,7 @@ class ShardSampler(Sampler[list[Key]]):
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        drop_last: bool = True,
     ) -> None:
         """
         Args:
@@ -56,6 +58,7 @@ class ShardSampler(Sampler[list[Key]]):
             rank: this process.
             world_size: number of processes.
             accumulate: micro-batches that a process's share of a step comes in.
+            drop_last: whether an epoch's last batch is left out where the images do not fill it.
 
         Raises:
             UserError: if there are fewer shards than processes.
@@ -67,7 +70,7 @@ class ShardSampler(Sampler[list[Key]]):
             )
         self.shards = shards
         self.share = batch_size // world_size
-        self.steps_per_epoch = len(shards) * repeats // batch_size
+        self.steps_per_epoch = steps_of_epoch(len(shards) * repeats, batch_size, drop_last=drop_last)
         self.steps = steps
         self.buffer = buffer
         self.seed = seed

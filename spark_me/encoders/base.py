@@ -3,7 +3,6 @@
 from torch import nn
 
 from spark_me import sparse
-from spark_me.errors import UserError
 from spark_me.sparse import SparseTensor
 
 
@@ -28,10 +27,6 @@ class SparseEncoder(nn.Module):
         """Features of every scale, shallow to deep, of a sparse image at stride 1."""
         raise NotImplementedError
 
-    def open_residuals(self) -> None:
-        """Start residual branches at full strength, where the encoder starts them at zero.
-
-        Raises:
-            UserError: if it does not.
-        """
-        raise UserError(f"{type(self).__name__} starts no residual branch at zero: leave out zero_init_residual=false")
+    def start_residuals(self, weight: float) -> bool:
+        """Start the norms that end residual branches at this weight; False if there are none of them."""
+        return False

@@ -72,7 +72,7 @@ class ConvNeXt(SparseEncoder):
         for wide, wider in zip(widths, widths[1:]):
             norm, convolution = sparse.LayerNorm(wide), sparse.Conv2d(wide, wider, 2, stride=2, bias=True)
             self.downsample_layers.append(nn.Sequential(norm, convolution))
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(_stage(version, *stage, rates) for stage in zip(widths, depths))
         self._initialise()
 

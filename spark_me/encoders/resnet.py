@@ -31,7 +31,7 @@ class BasicBlock(nn.Module):
 
     @property
     def last_norm(self) -> sparse.BatchNorm:
-        """The norm whose weight starts at zero, so that the block starts as its shortcut."""
+        """That of the residual branch: from a weight of zero, the block starts as its shortcut."""
         return self.bn2
 
 
@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
 
     @property
     def last_norm(self) -> sparse.BatchNorm:
-        """The norm whose weight starts at zero, so that the block starts as its shortcut."""
+        """That of the residual branch: from a weight of zero, the block starts as its shortcut."""
         return self.bn3
 
 
@@ -88,7 +88,7 @@ class ResNet(SparseEncoder):
         self.conv1 = sparse.Conv2d(in_channels, 64, 7, stride=2)
         self.bn1 = sparse.BatchNorm(64)
         self.maxpool = sparse.MaxPool2d(3, stride=2)
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
         self.layer1 = _stage(block, 64, 64, depths[0], 1, rates)
         self.layer2 = _stage(block, self.channels[0], 128, depths[1], 2, rates)
         self.layer3 = _stage(block, self.channels[1], 256, depths[2], 2, rates)
@@ -105,11 +105,12 @@ class ResNet(SparseEncoder):
             features.append(x)
         return features
 
-    def open_residuals(self) -> None:
-        """Start the last norm of every block at one, as torchvision does."""
+    def start_residuals(self, weight: float) -> bool:
+        """Start the last norm of every block at this weight: 0 as timm does, 1 as torchvision."""
         for module in self.modules():
             if isinstance(module, BasicBlock | Bottleneck):
-                nn.init.ones_(module.last_norm.weight)
+                nn.init.constant_(module.last_norm.weight, weight)
+        return True
 
     def _initialise(self) -> None:
         """He initialisation by fan-out, as torchvision; the last norm of every block starts at zero, as timm."""
@@ -117,8 +118,7 @@ class ResNet(SparseEncoder):
             if isinstance(module, sparse.Conv2d):
                 fan_out = module.kernel_size**2 * module.out_channels
                 nn.init.normal_(module.kernel, std=(2 / fan_out) ** 0.5)
-            elif isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_norm.weight)
+        self.start_residuals(0.0)
 
 
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:

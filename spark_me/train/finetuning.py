@@ -134,7 +134,12 @@ class Finetuning:
 
 def _build_network(config: FinetuneConfig, classes: int, device: torch.device) -> nn.Module:
     torch.manual_seed(config.run.seed)
-    network: nn.Module = build_network(config.model.encoder, classes, config.model.in_channels).to(device)
+    network: nn.Module = build_network(config.model.encoder, classes, config.model.in_channels)
+    if config.model.classifier_std is not None:
+        *_, classifier = (module for module in network.modules() if isinstance(module, nn.Linear))
+        nn.init.normal_(classifier.weight, std=config.model.classifier_std)
+        nn.init.zeros_(classifier.bias)
+    network.to(device)
     if distributed.world_size() > 1:
         convert_sync_batchnorm(network)
     set_drop_path(network, config.model.drop_path)

@@ -1,6 +1,7 @@
 """The optimizer and its parameter groups."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from timm.optim import Lamb
@@ -23,8 +24,7 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr_scale: Callable[[st
     groups = parameter_groups(model, lr_scale)
     betas = (optim.betas[0], optim.betas[1])
     if optim.name == "lamb":
-        # Clipping is the training step's, for both optimizers alike.
-        return Lamb(groups, lr=0.0, betas=betas, max_grad_norm=None)
+        return Lamb(groups, lr=0.0, betas=betas, **asdict(optim.lamb))
     return AdamW(groups, lr=0.0, betas=betas)
 
 

@@ -72,6 +72,7 @@ def model_of(config: Config) -> SparK:
         decoder_width=model.decoder_width,
         drop_path=model.drop_path,
         backend=model.backend,
+        init=model.init,
         zero_init_residual=model.zero_init_residual,
     )
 

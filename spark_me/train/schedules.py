@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from spark_me.config_finetune import AnyConfig
 from spark_me.config_schema import OptimConfig
+from spark_me.data.sampler import steps_of_epoch
 from spark_me.errors import UserError
 
 
@@ -68,7 +69,7 @@ def count_steps(config: AnyConfig, steps_per_epoch: int) -> int:
 
 
 def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
-    """Whole batches in an epoch of so many files.
+    """Batches in an epoch of so many files.
 
     Raises:
         UserError: if there is not even one.
@@ -79,7 +80,7 @@ def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
             f"train.batch_size={batch_size} is more than the {samples} images of an epoch "
             f"({images} files × data.repeats={config.data.repeats}): lower it, or raise data.repeats"
         )
-    return samples // batch_size
+    return steps_of_epoch(samples, batch_size, drop_last=config.data.drop_last)
 
 
 def describe_peak(config: AnyConfig) -> str:
