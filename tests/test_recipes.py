@@ -164,7 +164,7 @@ def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     before = watched.detach().clone()
     stepper = Stepper(task, state, build_schedule(config, 1), precision, seed=0, clip_norm=config.optim.clip_norm)
     values = stepper.step([next(iter(task.batches(0, 0)))])
-    assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < 3
+    assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < (3 if config.model.init == "official" else 40)
     assert not torch.equal(watched, before) and watched.isfinite().all()
 
 
@@ -197,6 +197,8 @@ def assert_initial_weights(model: SparK, source: str) -> None:
 
 
 def assert_normal(weight: torch.Tensor, std: float) -> None:
+    # Of millions of values torch's truncated normal gives a few its bound of ±2, a hundred deviations off.
+    weight = weight.clamp(-6 * std, 6 * std)
     assert weight.std().item() == pytest.approx(std, rel=5 / (2 * weight.numel()) ** 0.5)
     assert weight.mean().item() == pytest.approx(0, abs=5 * std / weight.numel() ** 0.5)
     assert weight.abs().max() > 2.2 * std or weight.numel() < 100  # has a normal distribution's tails

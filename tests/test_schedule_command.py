@@ -22,13 +22,13 @@ def rows_of(out: str) -> dict[str, list[float]]:
 def test_a_recipe_without_its_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schedule", str(RECIPE), "--images", "1281167"]) == 0
     out = capsys.readouterr().out
-    assert "1281167 images, 312 steps an epoch, 499200 steps" in out
+    assert "1281167 images, 313 steps an epoch, 500800 steps" in out
     assert "lamb with peak lr 0.0032 (base_lr 0.0002 · 4096 / 256)" in out
     rows = rows_of(out)
     assert rows["first"] == [0, 0.0, 1.6e-5, 0.04]
-    assert rows["warmed up"] == [12480, 40.0, 3.2e-3, 0.0402]
+    assert rows["warmed up"] == [12520, 40.0, 3.2e-3, 0.0402]
     assert rows["half-way"][2:] == [1.67e-3, 0.12]
-    assert rows["last"] == [499199, 1600.0, 3.2e-6, 0.2]
+    assert rows["last"] == [500799, 1600.0, 3.2e-6, 0.2]
 
 
 def test_overrides_hold_and_images_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

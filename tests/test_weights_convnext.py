@@ -46,7 +46,9 @@ def test_round_trips_are_bitwise_for_all_layouts(name):
     for to in layout_names(name):
         there = convert(state, to)
         assert to_canonical(there, "b").layout == to
-        assert_same(convert(there, own_layout), state)
+        # What pretrains alone has no classifier.
+        kept = {key: tensor for key, tensor in state.items() if to != "fcmae" or not key.startswith("head.")}
+        assert_same(convert(there, own_layout), kept)
 
 
 def test_classifiers_need_their_norm():

@@ -141,7 +141,7 @@ def test_classifier_files_fill_sparse_and_dense_networks(assert_close):
     images = images_of(1, 3, 64, 64)
     expected = features(network, images)
     dense = dense.double().eval()
-    for maps in (model.double().eval().encode(images), dense.extract_feat(images)):
+    for maps in (model.double().eval().encode(images), dense.feature_maps(images)):
         for actual, map_ in zip(maps, expected, strict=True):
             assert_close(actual, map_)
     assert_close(dense(images), network(images))

@@ -117,22 +117,6 @@ _FCMAE: Rules = (
 )
 
 CONVNEXT_LAYOUTS: tuple[Layout, ...] = (
-    # Before spark_me's own, whose names begin alike: the whole model, and its encoder by itself.
-    *(
-        Layout(
-            "fcmae",
-            _V2,
-            f"{prefix}downsample_layers.1.0.ln.",
-            tuple((ours, theirs.replace("encoder.", prefix)) for ours, theirs in _FCMAE),
-            parts=("encoder",),
-            ones=tuple(Ones(f"encoder.stages.{{s}}.{{n}}.grn.{leaf}", before=1) for leaf in ("gamma", "beta")),
-            wrapper="model",
-            sparse=True,
-            dense=("encoder.downsample_layers.0.",),
-            foreign=("proj.", "mask_token", "decoder.", "pred."),
-        )
-        for prefix in ("encoder.", "")
-    ),
     Layout(
         "torchvision",
         _V1,
@@ -168,6 +152,22 @@ CONVNEXT_LAYOUTS: tuple[Layout, ...] = (
         _MMPRETRAIN,
         parts=ALL_PARTS,
         wrapper="state_dict",
+    ),
+    # Before spark_me's own, whose names begin alike: the whole model, and its encoder by itself.
+    *(
+        Layout(
+            "fcmae",
+            _V2,
+            f"{prefix}downsample_layers.1.0.ln.",
+            tuple((ours, theirs.replace("encoder.", prefix)) for ours, theirs in _FCMAE),
+            parts=("encoder",),
+            ones=tuple(Ones(f"encoder.stages.{{s}}.{{n}}.grn.{leaf}", before=1) for leaf in ("gamma", "beta")),
+            wrapper="model",
+            sparse=True,
+            dense=("encoder.downsample_layers.0.",),
+            foreign=("proj.", "mask_token", "decoder.", "pred."),
+        )
+        for prefix in ("encoder.", "")
     ),
     Layout(
         "spark_me",
