@@ -8,6 +8,9 @@ VENV ?= .venv
 DEBIAN_ROOT ?= /var/tmp/spark_me-debian
 BIN := $(VENV)/bin
 
+# Set in containers as a rule, this makes each of the many processes that tests start compile all that it imports: seconds.
+test test-numerics test-cuda: export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-finetune test test-numerics test-cuda bench-cuda check-cuda
 .PHONY: lint format doctor docker-check clean

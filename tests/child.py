@@ -1,10 +1,17 @@
-"""Calls in a process of their own: under limits of memory and time, or without root's rights."""
+"""Calls in a process of their own: to be killed, under limits of memory and time, or without root's rights.
+
+The processes are forks of this one: a new Python would import for ten seconds what is here already.
+"""
 
 import os
 import resource
 import signal
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+
+import torch
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -44,3 +51,56 @@ def run_limited(function: Callable[[], object], *, memory: int = 1 << 30, second
     os.waitpid(child, 0)
     assert text.startswith("0"), text[1:] or f"died, or took more than {seconds} s"
     return text[1:]
+
+
+class Child:
+    """A call in a fork of this process, whose code is what it returns, or where it leaves by SystemExit.
+
+    What it writes, to both streams, is kept; a traceback too, with code 1.
+    """
+
+    def __init__(self, function: Callable[[], int | None]) -> None:
+        self.returncode: int | None = None
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the child)
+        self.pid = os.fork()
+        if self.pid == 0:
+            os._exit(self._run(function))
+
+    def _run(self, function: Callable[[], int | None]) -> int:
+        for stream in (1, 2):
+            os.dup2(self._output.fileno(), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))  # noqa: SIM115
+        torch.set_num_threads(1)  # OpenMP's threads are not in a fork
+        try:
+            return function() or 0
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            return 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    def poll(self) -> int | None:
+        """The code, -signal of one that was killed; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Its code, when it has ended."""
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    @property
+    def output(self) -> str:
+        """What it has written so far."""
+        return os.pread(self._output.fileno(), 1 << 20, 0).decode()

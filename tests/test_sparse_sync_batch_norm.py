@@ -32,6 +32,7 @@ def images():
 
 
 def worker(rank, store, results):
+    torch.set_num_threads(1)  # OpenMP's threads are not in a fork
     distributed.init_process_group("gloo", store=distributed.FileStore(store, 2), rank=rank, world_size=2)
     model = sparse.convert_sync_batchnorm(build())
     model(images()[rank : rank + 1], MASKS[rank : rank + 1]).backward()
@@ -45,7 +46,8 @@ def worker(rank, store, results):
 
 
 def test_two_processes_equal_one(tmp_path, assert_close):
-    multiprocessing.spawn(worker, (str(tmp_path / "store"), str(tmp_path / "results")), nprocs=2)
+    arguments = (str(tmp_path / "store"), str(tmp_path / "results"))
+    multiprocessing.start_processes(worker, arguments, nprocs=2, start_method="fork")  # which imports nothing again
     gradients, buffers = torch.load(tmp_path / "results")
     model = build()
     model(images(), MASKS).backward()

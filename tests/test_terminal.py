@@ -28,7 +28,7 @@ def columns(request: pytest.FixtureRequest) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory, columns: int) -> Path:
     """Images without and with labels, and a configuration for each."""
     folder = tmp_path_factory.mktemp("terminal")
-    tiny_runs.write_config(folder / "pretrain.yaml", tiny_runs.write_images(folder / "plain"))
+    tiny_runs.write_config(folder / "pretrain.yaml", tiny_runs.write_images(folder / "plain"), encoder=tiny_runs.SMALL)
     tiny_finetune.write_classes(folder / "images")
     tiny_finetune.write_config(folder)
     return folder

@@ -1,14 +1,15 @@
 """Checkpoints: complete, safe to load, and never lost to a full disk."""
 
 import random
+import resource
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import assert_equal, write_config, write_images
+from child import Child
+from tiny_runs import SMALL, assert_equal, write_config, write_images
 from torch import nn
 
 from spark_me import build_model, cli
@@ -200,7 +201,7 @@ def test_options_of_the_optimizer_are_those_of_the_run_that_goes_on(trained: Tra
 def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([0.9, 0.7, 0.8])
     monkeypatch.setattr(pretraining.Pretraining, "evaluate", lambda *_: {"held_out_loss": next(measured)})
-    config = str(write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), batch_size=8))
+    config = str(write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, batch_size=8))
     folder, other = tmp_path / "run" / "checkpoints", tmp_path / "other"
     assert cli.main(["pretrain", config, f"run.dir={folder.parent}"]) == 0
     best = read_checkpoint(folder / "best.pt")
@@ -255,40 +256,27 @@ def test_of_another_model(trained: TrainState, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from test_train_checkpoint import make_state, save
-from spark_me.errors import UserError
-
-folder = Path(sys.argv[1])
-state = make_state()
-state.step = 1
-save(folder, state)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-state.step = 2
-try:
-    save(folder, state, keep_last=1)
-except UserError as error:
-    print(error)
-"""
-
-
 def test_disk_that_fills_up_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     # A limit on file size fails inside torch.save as a full disk does; it needs a process of its own.
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=True,
-    )
+
+    def fill_up() -> None:
+        state = make_state()
+        state.step = 1
+        save(folder, state)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        state.step = 2
+        with pytest.raises(UserError) as refused:
+            save(folder, state, keep_last=1)
+        print(refused.value)
+
+    child = Child(fill_up)
+    assert child.wait() == 0, child.output
     assert [path.name for path in folder.iterdir()] == ["step_00000001.pt"]
     assert read_checkpoint(folder / "step_00000001.pt")["step"] == 1
-    (line,) = result.stdout.splitlines()
+    (line,) = child.output.splitlines()
     assert "step_00000002.pt: cannot be written" in line
     assert f"the last good checkpoint is {folder / 'step_00000001.pt'}" in line
 

@@ -98,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     path = write_config(folder / "tiny.yaml", write_images(folder / "images"), batch_size=8, height=64)
     path.write_text(path.read_text().replace("drop_path: 0.1", "drop_path: 0.0").replace("adamw", "lamb"))
-    multiprocessing.spawn(worker, (folder,), nprocs=4)
+    multiprocessing.start_processes(worker, (folder,), nprocs=4, start_method="fork")  # which imports nothing again
     return folder
 
 

@@ -5,38 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import write_config, write_images
+from tiny_runs import SMALL, write_config, write_images
 
-from spark_me import cli, sparse
-from spark_me.config import Config
-from spark_me.encoders.base import SparseEncoder
-from spark_me.spark import SparK
-from spark_me.sparse import SparseTensor
-from spark_me.train import pretraining
+from spark_me import cli
 from spark_me.train.logging import RunLog
 from spark_me.train.writer import CheckpointWriter
 
 STEPS = 500
 PAGE = 4096
-
-
-class SmallEncoder(SparseEncoder):
-    """Two strided convolutions: a step takes milliseconds, and goes through all that a large encoder's does."""
-
-    strides, channels, total_stride = (2, 4), (8, 8), 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.norm1 = sparse.Conv2d(3, 8, 3, stride=2), sparse.BatchNorm(8)
-        self.conv2, self.norm2 = sparse.Conv2d(8, 8, 3, stride=2), sparse.BatchNorm(8)
-
-    def forward(self, x: SparseTensor) -> list[SparseTensor]:
-        first = self.norm1(self.conv1(x))
-        return [first, self.norm2(self.conv2(first))]
-
-
-def build(config: Config) -> SparK:
-    return SparK(SmallEncoder(), (32, 64), decoder_width=32)
 
 
 def live_tensors() -> int:
@@ -46,8 +22,7 @@ def live_tensors() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from /proc")
 def test_500_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), epochs=STEPS // 4)
-    monkeypatch.setattr(pretraining, "model_of", build)
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=STEPS // 4)
     report, seen = RunLog.step, []
 
     def count(self: RunLog, step: int, values: dict[str, float], images: int) -> None:

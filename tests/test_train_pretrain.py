@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import SMALL
 
 from spark_me import cli
 from spark_me.config import Config, load_config
@@ -39,7 +40,7 @@ def make_config(tmp_path: Path, images: Path) -> MakeConfig:
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"""
-model: {{encoder: resnet18, backend: fused, image_size: [64, 64], decoder_width: 32}}
+model: {{encoder: {SMALL}, backend: fused, image_size: [64, 64], decoder_width: 32}}
 data: {{root: {images}, held_out: 1, workers: 0}}
 optim: {{name: adamw, base_lr: 0.1, warmup_epochs: 0}}
 train: {{epochs: 2, batch_size: 4}}
@@ -134,7 +135,7 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
     from spark_me.masking import draw_visible_of_samples
     from spark_me.train.reconstruct import load_images
 
-    config = make_config("data.held_out=3", "train.batch_size=2", "train.epochs=1")
+    config = make_config("model.encoder=resnet18", "data.held_out=3", "train.batch_size=2", "train.epochs=1")
     pretrain(config)
     run = tmp_path / "run"
     model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
@@ -173,7 +174,7 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path)
     assert all(torch.equal(value, other[name]) for name, value in expected.items())
     assert "holds newer ones" in message_of(make_config(f"run.resume={first}"))
     foreign = make_config(f"run.dir={tmp_path / 'third'}", f"run.resume={first}", "model.encoder=resnet34")
-    assert "model.encoder: resnet18 → resnet34" in message_of(foreign)
+    assert "model.encoder: small → resnet34" in message_of(foreign)
     assert not (tmp_path / "third").exists()
 
 
@@ -239,8 +240,8 @@ def test_batch_larger_than_an_epoch(make_config: MakeConfig) -> None:
 
 
 def test_mask_that_leaves_or_hides_nothing(make_config: MakeConfig) -> None:
-    assert "hides no patch" in message_of(make_config("model.mask_ratio=0.1"))
-    assert "leaves no patch visible" in message_of(make_config("model.mask_ratio=0.9"))
+    assert "hides no patch" in message_of(make_config("model.image_size=[8,8]", "model.mask_ratio=0.1"))
+    assert "leaves no patch visible" in message_of(make_config("model.image_size=[8,8]", "model.mask_ratio=0.9"))
 
 
 def test_device_that_is_not_there(make_config: MakeConfig) -> None:

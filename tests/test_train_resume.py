@@ -1,55 +1,65 @@
 """A run that is killed with SIGKILL, twice, ends with bitwise the weights of one that was not."""
 
+import os
 import signal
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from child import Child
 from tiny_runs import assert_same_end, write_images
 
+from spark_me.cli import main
 from spark_me.train.checkpoint import list_checkpoints
+from spark_me.train.logging import RunLog
 
 # 6 steps an epoch, a checkpoint after every third: step 5 lies within an epoch, and so does its last checkpoint.
 CONFIG = """
-model: {{encoder: resnet18, backend: fused, image_size: [64, 64], decoder_width: 32, drop_path: 0.3}}
+model: {{encoder: small, backend: fused, image_size: [64, 64], decoder_width: 32, drop_path: 0.3}}
 data: {{root: {images}, held_out: 2, workers: 1}}
 optim: {{name: lamb, base_lr: 0.5, warmup_epochs: 1}}
 train: {{epochs: 2, batch_size: 2}}
 run: {{checkpoint_every_steps: 3, log_every_steps: 1, device: cpu}}
 """
 
+
+def run(config: Path, directory: Path, prepare: Callable[[], object] = int) -> tuple[int, str]:
+    """Code and output of a training in a process of its own, which `prepare` may change before it begins."""
+
+    def command() -> int:
+        prepare()
+        return main(["pretrain", str(config), f"run.dir={directory}"])
+
+    child = Child(command)
+    return child.wait(), child.output
+
+
 # The process kills itself, so that it dies at the same place every time: nothing of it runs after the signal.
-DIE_AFTER_STEP = """
-from spark_me.train.logging import RunLog
-report = RunLog.step
-
-def report_then_die(self, step, values, images):
-    report(self, step, values, images)
-    if step == {step}:
-        while not os.path.exists("{checkpoint}"):  # written beside the training
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-RunLog.step = report_then_die
-"""
-DIE_WHILE_WRITING = """
-sync = os.fsync
-
-def die_at_checkpoint(descriptor):
-    if "step_{step:08d}" in os.readlink(f"/proc/self/fd/{{descriptor}}"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    sync(descriptor)
-
-os.fsync = die_at_checkpoint
-"""
-MAIN = "import os, signal, sys, time\n{death}\nfrom spark_me.cli import main\nsys.exit(main(sys.argv[1:]))"
 
 
-def run(config: Path, directory: Path, death: str = "") -> tuple[int, str]:
-    command = [sys.executable, "-c", MAIN.format(death=death), "pretrain", str(config), f"run.dir={directory}"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    return result.returncode, result.stdout + result.stderr
+def die_after(step: int, checkpoint: Path) -> None:
+    report = RunLog.step
+
+    def report_then_die(self: RunLog, number: int, values: dict[str, float], images: int) -> None:
+        report(self, number, values, images)
+        if number == step:
+            while not checkpoint.exists():  # written beside the training
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunLog.step = report_then_die  # type: ignore[method-assign]
+
+
+def die_while_writing(step: int) -> None:
+    sync = os.fsync
+
+    def die_at_checkpoint(descriptor: int) -> None:
+        if f"step_{step:08d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = die_at_checkpoint
 
 
 @pytest.fixture
@@ -65,13 +75,11 @@ def test_killed_and_resumed_equals_undisturbed(config: Path, tmp_path: Path) -> 
     code, output = run(config, calm)
     assert code == 0, output
 
-    code, output = run(
-        config, killed, DIE_AFTER_STEP.format(step=5, checkpoint=killed / "checkpoints/step_00000003.pt")
-    )
+    code, output = run(config, killed, lambda: die_after(5, killed / "checkpoints/step_00000003.pt"))
     assert code == -signal.SIGKILL, output
     assert list_checkpoints(killed / "checkpoints")[-1].name == "step_00000003.pt"
 
-    code, output = run(config, killed, DIE_WHILE_WRITING.format(step=9))
+    code, output = run(config, killed, lambda: die_while_writing(9))
     assert code == -signal.SIGKILL, output
     assert "step_00000003.pt, 3 steps done" in output
     assert list_checkpoints(killed / "checkpoints")[-1].name == "step_00000006.pt"

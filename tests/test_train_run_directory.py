@@ -2,14 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
 import torch
+from child import Child
 
 from spark_me import cli
 from spark_me.spark import SparK
@@ -18,18 +18,12 @@ from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.pretraining import Pretraining
 from spark_me.train.run_directory import RunDirectory
 
-HOLD = """
-import sys
-from spark_me.train.run_directory import RunDirectory
-with RunDirectory(sys.argv[1]).owned():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    return tiny_runs.write_config(tmp_path / "tiny.yaml", tiny_runs.write_images(tmp_path / "images"))
+    return tiny_runs.write_config(
+        tmp_path / "tiny.yaml", tiny_runs.write_images(tmp_path / "images"), encoder=tiny_runs.SMALL
+    )
 
 
 def pretrain(config: Path, *overrides: str) -> int:
@@ -41,19 +35,24 @@ def test_second_run_in_a_directory_is_refused(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
     run = tmp_path / "run"
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None and other.stdin is not None
-        assert other.stdout.readline() == "held\n"
-        assert pretrain(config) == 2
-        assert f"{run}: another run is writing there now" in capsys.readouterr().err
-        assert sorted(path.name for path in run.iterdir()) == ["lock"], "nothing was written"
-        if end == "killed":
-            other.send_signal(signal.SIGKILL)
-        else:
-            other.stdin.close()
-        other.wait()
+
+    def hold() -> None:
+        with RunDirectory(run).owned():
+            print("held")
+            while not (tmp_path / "enough").exists():
+                time.sleep(0.01)
+
+    other = Child(hold)
+    while not other.output:
+        assert other.poll() is None
+    assert pretrain(config) == 2
+    assert f"{run}: another run is writing there now" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == ["lock"], "nothing was written"
+    if end == "killed":
+        other.kill()
+    else:
+        (tmp_path / "enough").touch()
+    assert other.wait() == (-signal.SIGKILL if end == "killed" else 0)
     assert run.exists() == (end == "killed")
     with RunDirectory(run).owned():
         assert (run / "lock").exists()
@@ -182,5 +181,5 @@ def test_going_on_from_the_last_step_of_a_finished_run(
 
 
 def test_batch_of_one_visible_patch_is_refused(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pretrain(config, "train.batch_size=1") == 2
+    assert pretrain(config, "train.batch_size=1", "model.encoder=resnet18") == 2
     assert "a batch has one visible patch" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import newest, write_config, write_images
+from tiny_runs import SMALL, newest, write_config, write_images
 
 from spark_me.config import load_config
 from spark_me.train.checkpoint import list_checkpoints
@@ -13,7 +13,7 @@ from spark_me.train.pretrain import pretrain
 
 
 def test_a_run_of_steps_ends_within_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"))  # 4 steps an epoch
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL)  # 4 steps an epoch
     length = ["train.epochs=null", "train.steps=6", "optim.warmup_epochs=null", "optim.warmup_share=0.5"]
     run = tmp_path / "run"
     pretrain(load_config(path, [f"run.dir={run}", "run.checkpoint_every_steps=null", *length]))
@@ -37,7 +37,7 @@ def test_a_run_of_steps_ends_within_an_epoch(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_whole_epochs_and_as_many_steps_are_the_same_run(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), epochs=1)
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=1)
     in_steps = ["train.epochs=null", "train.steps=4", "optim.warmup_epochs=null", "optim.warmup_share=0.25"]
     pretrain(load_config(path, [f"run.dir={tmp_path / 'epochs'}", "optim.warmup_epochs=0.25"]))
     pretrain(load_config(path, [f"run.dir={tmp_path / 'steps'}", *in_steps]))

@@ -61,7 +61,9 @@ def test_handlers_are_put_back_and_silence_is_kept(capsys: pytest.CaptureFixture
 def test_second_interruption_says_what_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int, said: str
 ) -> None:
-    config = tiny_runs.write_config(tmp_path / "tiny.yaml", tiny_runs.write_images(tmp_path / "images"))
+    config = tiny_runs.write_config(
+        tmp_path / "tiny.yaml", tiny_runs.write_images(tmp_path / "images"), encoder=tiny_runs.SMALL
+    )
     take_step = Stepper.step
 
     def interrupted(self: Stepper, batches: Any) -> dict[str, float]:

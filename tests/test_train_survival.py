@@ -5,23 +5,20 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import assert_same_end, newest, write_config, write_images
+from child import Child
+from tiny_runs import SMALL, assert_same_end, newest, write_config, write_images
 
 from spark_me import cli
 from spark_me.errors import UserError
 from spark_me.train import writer
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.logging import RunLog
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -65,7 +62,7 @@ def test_asked_to_stop(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    config = write_config(tmp_path / "tiny.yaml", images)
+    config = write_config(tmp_path / "tiny.yaml", images, encoder=SMALL)
     handlers = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context():
         after_step(5, lambda: os.kill(os.getpid(), number))
@@ -85,7 +82,7 @@ def test_second_interrupt_stops_at_once(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], after_step: Callable
 ) -> None:
     after_step(3, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
-    assert pretrain(write_config(tmp_path / "tiny.yaml", images), tmp_path / "run") == 130
+    assert pretrain(write_config(tmp_path / "tiny.yaml", images, encoder=SMALL), tmp_path / "run") == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("spark-me: interrupted: ")
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000002.pt"]
 
@@ -93,18 +90,18 @@ def test_second_interrupt_stops_at_once(
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path: Path, images: Path, kills: int) -> None:
     # A kill is sent at a random moment of a run's progress, which may be within a step, a checkpoint or a picture.
-    config = write_config(tmp_path / "tiny.yaml", images, epochs=3 * kills)
+    config = write_config(tmp_path / "tiny.yaml", images, encoder=SMALL, epochs=3 * kills)
     run, progress = tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
-    command = [sys.executable, "-m", "spark_me", "pretrain", str(config), f"run.dir={run}"]
     moments = random.Random(0)
     for _ in range(kills):
         before = progress.stat().st_size if progress.exists() else 0
-        with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while process.poll() is None and (not progress.exists() or progress.stat().st_size == before):
-                time.sleep(0.01)
-            time.sleep(moments.uniform(0, 2))
-            process.kill()
-            assert process.stderr is not None and b"Traceback" not in process.stderr.read()
+        child = Child(lambda: pretrain(config, run))
+        while child.poll() is None and (not progress.exists() or progress.stat().st_size == before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 2))
+        child.kill()
+        child.wait()
+        assert "Traceback" not in child.output
         for path in (run / "checkpoints").glob("[!.]*.pt"):  # without what it was writing
             read_checkpoint(path)
     for directory in (run, tmp_path / "calm"):
@@ -122,7 +119,7 @@ def test_killed_worker_is_one_line(
         worker.join()
 
     after_step(3, kill_worker)
-    config = write_config(tmp_path / "tiny.yaml", images, workers=1, epochs=20)
+    config = write_config(tmp_path / "tiny.yaml", images, encoder=SMALL, workers=1, epochs=20)
     assert pretrain(config, tmp_path / "run") == 2
     line = error_line(capsys)
     assert "a process that loads images died (DataLoader worker" in line
@@ -134,7 +131,7 @@ def test_vanished_images_are_one_line(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], after_step: Callable
 ) -> None:
     after_step(3, lambda: shutil.rmtree(images))
-    assert pretrain(write_config(tmp_path / "tiny.yaml", images), tmp_path / "run") == 2
+    assert pretrain(write_config(tmp_path / "tiny.yaml", images, encoder=SMALL), tmp_path / "run") == 2
     line = error_line(capsys)
     assert "images are unreadable" in line and "FileNotFoundError" in line
     assert newest(tmp_path / "run")["step"] == 2
@@ -152,7 +149,7 @@ def test_checkpoint_that_cannot_be_written_stops_the_next_step(
         return written[0]
 
     monkeypatch.setattr(writer, "write_checkpoint", fill_up)
-    assert pretrain(write_config(tmp_path / "tiny.yaml", images), tmp_path / "run") == 2
+    assert pretrain(write_config(tmp_path / "tiny.yaml", images, encoder=SMALL), tmp_path / "run") == 2
     assert error_line(capsys) == "spark-me: error: disk full"
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000002.pt"]
 

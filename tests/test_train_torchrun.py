@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tiny_runs import assert_same_end, write_config, write_images
+from tiny_runs import SMALL, assert_same_end, write_config, write_images
 
 from spark_me.train.checkpoint import list_checkpoints
 
@@ -14,6 +14,7 @@ from spark_me.train.checkpoint import list_checkpoints
 MAIN = """
 import os, signal, sys
 from pathlib import Path
+import tiny_runs  # its encoder
 from spark_me.cli import main
 from spark_me.train import distributed
 from spark_me.train.loop import Stepper
@@ -37,6 +38,9 @@ if __name__ == "__main__":
 """
 
 
+PATHS = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
 def torchrun(script: Path, *arguments: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     options = ["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
     return subprocess.run(
@@ -44,12 +48,12 @@ def torchrun(script: Path, *arguments: str, restarts: int = 0) -> subprocess.Com
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "OMP_NUM_THREADS": "1"},
     )
 
 
 def test_restarts_and_stops_change_nothing(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"))
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL)
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
     script, disturbing = tmp_path / "main.py", tmp_path / "disturbing.py"
     checkpoint = str(disturbed / "checkpoints/step_00000002.pt")

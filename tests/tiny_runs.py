@@ -1,4 +1,4 @@
-"""Tiny configurations and images for tests of whole runs."""
+"""Tiny configurations, images and an encoder for tests of whole runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,16 +7,43 @@ import numpy as np
 import torch
 from PIL import Image
 
+from spark_me import SparseEncoder, register_encoder, sparse
+from spark_me.sparse import SparseTensor
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.metrics import read_metrics
 
 CONFIG = """
-model: {{encoder: resnet18, backend: fused, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
+model: {{encoder: {encoder}, backend: fused, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
 data: {{root: {images}, held_out: 2, workers: {workers}}}
 optim: {{name: adamw, base_lr: 0.05, warmup_epochs: 0}}
 train: {{epochs: {epochs}, batch_size: {batch_size}}}
 run: {{checkpoint_every_steps: 2, log_every_steps: 1, device: cpu, picture_every_epochs: 1000}}
 """
+
+
+SMALL = "small"
+"""For runs that are not about their encoder: a step takes milliseconds, and a checkpoint is written in as many."""
+
+
+class SmallEncoder(SparseEncoder):
+    """Two strided convolutions and a residual branch, with all that decides whether two runs are alike."""
+
+    strides, channels, total_stride = (2, 4), (8, 8), 4
+
+    def __init__(self, in_channels: int, drop_path: float) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = sparse.Conv2d(in_channels, 8, 3, stride=2), sparse.BatchNorm(8)
+        self.conv2, self.bn2 = sparse.Conv2d(8, 8, 3, stride=2), sparse.BatchNorm(8)
+        self.conv3, self.bn3 = sparse.Conv2d(8, 8, 3), sparse.BatchNorm(8)
+        self.drop_path = sparse.DropPath(drop_path)
+
+    def forward(self, x: SparseTensor) -> list[SparseTensor]:
+        first = self.bn1(self.conv1(x), relu=True)
+        second = self.bn2(self.conv2(first), relu=True)
+        return [first, self.bn3(self.conv3(second), second, self.drop_path, relu=True)]
+
+
+register_encoder(SMALL, SmallEncoder, total_stride=4)
 
 
 def write_images(folder: Path, number: int = 10) -> Path:
@@ -30,10 +57,20 @@ def write_images(folder: Path, number: int = 10) -> Path:
 
 
 def write_config(
-    path: Path, images: Path, *, epochs: int = 2, batch_size: int = 2, height: int = 32, workers: int = 0
+    path: Path,
+    images: Path,
+    *,
+    encoder: str = "resnet18",
+    epochs: int = 2,
+    batch_size: int = 2,
+    height: int = 32,
+    workers: int = 0,
 ) -> Path:
     """A configuration of 8 // batch_size steps an epoch, for the ten images of `write_images`."""
-    path.write_text(CONFIG.format(images=images, epochs=epochs, batch_size=batch_size, height=height, workers=workers))
+    content = CONFIG.format(
+        encoder=encoder, images=images, epochs=epochs, batch_size=batch_size, height=height, workers=workers
+    )
+    path.write_text(content)
     return path
 
 
