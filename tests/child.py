@@ -30,6 +30,7 @@ def run_limited(function: Callable[[], object], *, memory: int = 1 << 30, second
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # OpenMP's threads are not in a fork
             signal.alarm(seconds)
             # A failing test must not take the machine with it.
             resource.setrlimit(resource.RLIMIT_AS, (32 << 30, 32 << 30))

@@ -88,7 +88,7 @@ def test_second_interrupt_stops_at_once(
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path: Path, images: Path, kills: int) -> None:
+def test_killed_at_random_moments(tmp_path: Path, images: Path, one_thread: None, kills: int) -> None:
     # A kill is sent at a random moment of a run's progress, which may be within a step, a checkpoint or a picture.
     config = write_config(tmp_path / "tiny.yaml", images, encoder=SMALL, epochs=3 * kills)
     run, progress = tmp_path / "killed", tmp_path / "killed/metrics.jsonl"
