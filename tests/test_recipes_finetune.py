@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_recipes import IMAGENET, STEPS_OF_EPOCH
 from tiny_finetune import write_classes
 
 from spark_me.config import FinetuneConfig, load_config
@@ -18,7 +19,6 @@ from spark_me.train.precision import Precision
 from spark_me.train.schedules import build_schedule, count_steps_per_epoch
 
 FINETUNE = Path(__file__).parents[1] / "configs" / "finetune"
-IMAGENET = 1_281_167
 CPU = torch.device("cpu")
 
 
@@ -109,7 +109,7 @@ def test_numbers_and_curves_are_the_published_ones(name: str) -> None:
     assert (train.ema, train.batch_size, train.epochs) == (recipe.ema, recipe.batch_size, recipe.epochs)
     assert recipe.lamb is None or asdict(config.optim.lamb) == recipe.lamb
     assert model.classifier_std == recipe.classifier_std
-    each = {4096: 313, 2048: 626}[recipe.batch_size]  # the last batch is filled up
+    each = STEPS_OF_EPOCH[recipe.batch_size]
     assert count_steps_per_epoch(IMAGENET, config) == each
     schedule = build_schedule(config, each)
     last = recipe.epochs * each - 1
