@@ -13,7 +13,7 @@ test test-numerics test-cuda: export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-finetune test test-numerics test-cuda bench-cuda check-cuda
-.PHONY: lint format doctor docker-check clean
+.PHONY: lint encoders format doctor docker-check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -36,7 +36,7 @@ test: setup ## run the tests
 # Tests that compare float32 results of different computations: processors round differently, a tolerance may fit one.
 # The simplest instructions of torch, oneDNN and MKL stand for another processor: none of today takes them by itself.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
-NUMERICS := $(addprefix tests/test_,decoder.py spark.py::test_loss_float32 encoders_convnext.py::test_float32 \
+NUMERICS := $(addprefix tests/test_,decoder.py spark.py::test_loss_float32 \
   sparse_choice.py sparse_depthwise.py sparse_layers.py sparse_norms.py weights_kernels.py \
   inference_export.py inference_features.py inference_predict.py \
   train_optim.py train_reconstruct.py train_soft_targets.py)
@@ -53,6 +53,9 @@ check-cuda: setup ## compile and link the engine for GPUs; needs nvcc but no GPU
 
 bench-cuda: setup ## measure all backends on a GPU into BENCH_OUT; goes on where it was interrupted
 	@bench/cuda.sh "$(BIN)/spark-me" "$(BENCH_OUT)"
+
+encoders: setup ## try every network of torchvision and timm (an hour); writes docs/encoders.md
+	@$(BIN)/python tests/sweep_encoders.py
 
 lint: setup ## check style, types and Dockerfiles
 	$(BIN)/ruff check

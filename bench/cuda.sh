@@ -20,8 +20,8 @@ measure() { # NAME ARGUMENTS...
 }
 
 encoder=(--scope encoder --batch 256 --runs 7)
-step=(--scope step --batch 256 --runs 7 --backends fused minkowski masked_dense)
-largest=(--largest-batch --batch 64 --dtype bfloat16 --backends fused minkowski masked_dense)
+step=(--scope step --batch 256 --runs 7 --backends native minkowski masked_dense)
+largest=(--largest-batch --batch 64 --dtype bfloat16 --backends native minkowski masked_dense)
 
 measure 01-resnet50-encoder-bf16 --encoder resnet50 "${encoder[@]}" --dtype bfloat16
 measure 02-convnextv2_tiny-encoder-bf16 --encoder convnextv2_tiny "${encoder[@]}" --dtype bfloat16

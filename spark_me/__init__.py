@@ -6,11 +6,13 @@ Importing this package imports neither MinkowskiEngine nor the trainer.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from spark_me.encoders import list_encoders, register_encoder
 from spark_me.errors import EngineError, UserError
+from spark_me.networks import list_encoders, register_encoder
 
 if TYPE_CHECKING:
-    from spark_me.encoders.base import SparseEncoder
+    from torch import nn
+
+    from spark_me.encoder import SparseEncoder, sparsify
     from spark_me.inference.classifier import load_classifier
     from spark_me.inference.predict import inference_model
     from spark_me.spark import SparK
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "EngineError",
+    "SparK",
     "SparseEncoder",
     "UserError",
     "build_model",
@@ -33,11 +36,13 @@ __all__ = [
     "load_classifier",
     "load_weights",
     "register_encoder",
+    "sparsify",
 ]
 
 # Imported when first used: they need torch, the models torchvision, encoders the engine.
 _LAZY = {
-    "SparseEncoder": "spark_me.encoders.base",
+    "SparK": "spark_me.spark",
+    "SparseEncoder": "spark_me.encoder",
     "convert": "spark_me.weights.convert",
     "export_weights": "spark_me.weights.transfer",
     "get_model": "spark_me.weights.models",
@@ -45,6 +50,7 @@ _LAZY = {
     "list_models": "spark_me.weights.models",
     "load_classifier": "spark_me.inference.classifier",
     "load_weights": "spark_me.weights.transfer",
+    "sparsify": "spark_me.encoder",
 }
 
 
@@ -59,46 +65,56 @@ def __getattr__(name: str) -> Any:
 
 
 def build_model(
-    encoder: str,
+    encoder: "str | nn.Module",
     *,
     image_size: int | tuple[int, int] = (224, 224),
     in_channels: int = 3,
     mask_ratio: float = 0.6,
     decoder_width: int = 512,
     drop_path: float | None = None,
-    backend: str = "fused",
+    backend: str = "native",
     init: str = "official",
     zero_init_residual: bool | None = None,
 ) -> "SparK":
-    """Build a SparK model with random weights.
+    """Build a SparK model.
 
     Args:
-        encoder: one of `list_encoders()`.
+        encoder: a name of `list_encoders()`, of torchvision or `timm/NAME`, with random weights; or any dense convnet,
+            which keeps its weights and shares them with the model.
         image_size: (H, W) in pixels, multiples of the encoder's total stride; a number for a square.
         in_channels: C of the images.
         mask_ratio: share of patches to hide, in (0, 1).
         decoder_width: channels of the decoder at its deepest scale.
-        drop_path: stochastic depth; the encoder's published default when None.
+        drop_path: stochastic depth; None: of a name its published default, of a network what it has.
         backend: how sparse layers compute.
         init: initial weights, as in the paper's own code (official) or in mmpretrain; they differ in the decoder's
             convolutions and in zero_init_residual.
         zero_init_residual: start ResNets' residual branches at zero; False: at full strength, which a run of a few
-            thousand steps needs; None: as `init` does, official at zero.
+            thousand steps needs; None: of a name as `init` does, official at zero, of a network as it is.
 
     Raises:
-        UserError: for an unknown encoder or init, a size or ratio that does not fit, or no branches that could start at
-            full strength.
+        UserError: for an unknown encoder or init, a size or ratio that does not fit, no branches that could start at
+            full strength, or a network that cannot become sparse.
         EngineError: if MinkowskiEngine is missing.
     """
-    from spark_me.encoders import build_encoder
+    from spark_me.drop_path import set_drop_path, start_residuals
+    from spark_me.encoder import sparsify
     from spark_me.initial_weights import INITIAL_WEIGHTS
+    from spark_me.networks import dense_network
     from spark_me.spark import SparK
 
     if init not in INITIAL_WEIGHTS:
         raise UserError(f"init={init}: must be one of {', '.join(INITIAL_WEIGHTS)}")
-    built = build_encoder(encoder, in_channels, drop_path)
-    closed = INITIAL_WEIGHTS[init].zero_init_residual if zero_init_residual is None else zero_init_residual
-    if not built.start_residuals(0.0 if closed else 1.0) and zero_init_residual is False:
-        raise UserError(f"{encoder} starts no residual branch at zero: leave out zero_init_residual=false")
+    closed = zero_init_residual
+    if isinstance(encoder, str):
+        network = dense_network(encoder, in_channels, drop_path=drop_path)
+        closed = INITIAL_WEIGHTS[init].zero_init_residual if closed is None else closed
+    else:
+        network = encoder
+        if drop_path is not None:
+            set_drop_path(network, drop_path)
+    if closed is not None and not start_residuals(network, 0.0 if closed else 1.0) and zero_init_residual is False:
+        name = encoder if isinstance(encoder, str) else type(encoder).__name__
+        raise UserError(f"{name} starts no residual branch at zero: leave out zero_init_residual=false")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SparK(built, size, in_channels, mask_ratio, decoder_width, backend, init)
+    return SparK(sparsify(network, in_channels), size, in_channels, mask_ratio, decoder_width, backend, init)

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reconstruct(commands)
     _add_convert(commands)
     add_inference(commands)
+    _add_encoders(commands)
     add_bench(commands)
     add_data(commands)
     add_schedule(commands)
@@ -117,6 +118,18 @@ def _convert(args: argparse.Namespace) -> None:
     print(f"{printable(str(args.destination))}: {done.encoder} from {done.source_layout} to {done.layout} layout")
     for note in done.notes:
         print(f"note: {note}")
+
+
+def _add_encoders(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("encoders", help="list networks, with patch size and scales, and whether they convert")
+    parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or whole with * and ?")
+    parser.set_defaults(run=_encoders, group="train")
+
+
+def _encoders(args: argparse.Namespace) -> None:
+    from spark_me.encoders_command import list_networks
+
+    list_networks(args.pattern)
 
 
 def _add_engine(commands: argparse._SubParsersAction) -> None:

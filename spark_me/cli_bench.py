@@ -17,8 +17,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
     add("--mask-ratio", type=float, default=0.6, help="share of hidden patches; 0 for the encoder only")
     add("--decoder-width", type=int, default=512)
-    add("--backends", nargs="+", default=["fused", "minkowski", "masked_dense", "dense"], metavar="NAME",
-        help="of fused, minkowski, masked_dense, dense; default: all")  # fmt: skip
+    add("--backends", nargs="+", default=["native", "minkowski", "masked_dense", "dense"], metavar="NAME",
+        help="of native, minkowski, masked_dense, dense; default: all")  # fmt: skip
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--dtype", default="float32", help="float32, tf32 (GPUs), bfloat16 or float16 (the latter two by autocast)")
     add("--runs", type=int, default=5, help="passes of each backend that count")

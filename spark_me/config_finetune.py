@@ -15,7 +15,8 @@ class FinetuneModelConfig:
     """The dense network that is trained; its classifier has one output a class of the data."""
 
     encoder: str = "resnet50"
-    """Name of the encoder, for example resnet50. Example: convnextv2_tiny."""
+    """Name of the encoder: of torchvision, timm/NAME, or one of your own; `spark-me encoders` lists them.
+    Example: convnextv2_tiny."""
     in_channels: int = 3
     """3 reads images as RGB, 1 as grey; any other number takes images of exactly so many channels. Example: 1."""
     drop_path: float = 0.0

@@ -12,11 +12,11 @@ from spark_me.config_finetune import (
     FinetuneTrainConfig,
 )
 from spark_me.config_schema import Config, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from spark_me.encoders import list_encoders, patch_size_of
-from spark_me.encoders.registry import CONVNEXTS, RESNETS
+from spark_me.errors import UserError
 from spark_me.initial_weights import INITIAL_WEIGHTS
+from spark_me.networks import patch_size_of, require_known
 
-BACKENDS = ("fused", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
+BACKENDS = ("native", "minkowski")  # spark_me.sparse.BACKENDS, which needs the engine to be imported
 OPTIMIZERS = ("lamb", "adamw")
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -46,11 +46,11 @@ def finetune_rules(config: FinetuneConfig) -> Iterator[Rule]:
 
 
 def _model_rules(model: ModelConfig) -> Iterator[Rule]:
-    yield "model.encoder", model.encoder in list_encoders(), f"must be one of {', '.join(list_encoders())}"
+    patch, problem = _patch_size(model.encoder)
+    yield "model.encoder", not problem, problem
     yield "model.backend", model.backend in BACKENDS, f"must be one of {', '.join(BACKENDS)}"
     size = model.image_size
     yield "model.image_size", len(size) == 2, "must be [height, width]"
-    patch = patch_size_of(model.encoder) if model.encoder in list_encoders() else 1
     nearest = [max(1, round(side / patch)) * patch for side in size]
     yield "model.image_size", size == nearest, f"must be multiples of {patch}, for example {nearest}"
     yield "model.image_size", math.prod(size) <= LARGEST_AREA, f"must be at most {LARGEST_AREA} pixels, 2048 × 2048"
@@ -61,6 +61,15 @@ def _model_rules(model: ModelConfig) -> Iterator[Rule]:
     yield "model.drop_path", model.drop_path is None or 0 <= model.drop_path < 1, "must be null or in [0, 1)"
     yield "model.init", model.init in INITIAL_WEIGHTS, f"must be one of {', '.join(INITIAL_WEIGHTS)}"
     yield "model.init_from", model.init_from != "", "must be null, a published name, a path or a URL"
+
+
+def _patch_size(encoder: str) -> tuple[int, str]:
+    """Of an encoder, and what is wrong with it: nothing as a rule."""
+    try:
+        require_known(encoder)
+        return patch_size_of(encoder), ""
+    except UserError as error:
+        return 1, str(error)
 
 
 def _optim_rules(optim: OptimConfig) -> Iterator[Rule]:
@@ -114,8 +123,8 @@ def _run_rules(run: RunConfig) -> Iterator[Rule]:
 
 
 def _finetune_model_rules(model: FinetuneModelConfig) -> Iterator[Rule]:
-    dense = [*RESNETS, *CONVNEXTS]
-    yield "model.encoder", model.encoder in dense, f"must be one of {', '.join(dense)}"
+    _, problem = _patch_size(model.encoder)
+    yield "model.encoder", not problem, problem
     yield "model.in_channels", model.in_channels >= 1, "must be at least 1, for example 3 (RGB)"
     yield "model.drop_path", 0 <= model.drop_path < 1, "must be in [0, 1)"
     yield "model.classifier_std", model.classifier_std is None or model.classifier_std >= 0, "must not be negative"

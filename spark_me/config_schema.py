@@ -10,9 +10,10 @@ class ModelConfig:
     """The network that is pretrained."""
 
     encoder: str = "resnet50"
-    """Name of the encoder, for example resnet50. Example: convnextv2_tiny."""
-    backend: str = "fused"
-    """How the sparse layers compute, with the same result: fused (our kernels) or minkowski (the engine's own).
+    """Name of the encoder: of torchvision, timm/NAME, or one of your own; `spark-me encoders` lists them.
+    Example: convnextv2_tiny."""
+    backend: str = "native"
+    """How the sparse layers compute, with the same result: native (our kernels) or minkowski (the engine's own).
     Example: minkowski."""
     image_size: list[int] = field(default_factory=lambda: [224, 224])
     """[height, width] of the training images in pixels, or the side of a square: multiples of the encoder's total

@@ -1,5 +1,7 @@
 """From sparse features to the decoder's dense maps (paper, section 3.3: "densifying")."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,9 @@ from spark_me.sparse import SparseTensor
 class Densify(nn.Module):
     """One scale: norm over visible sites, a learned mask token at every empty site, a projection to the decoder."""
 
-    def __init__(self, channels: int, width: int, kernel_size: int, norm: type[nn.Module] = sparse.BatchNorm) -> None:
+    def __init__(
+        self, channels: int, width: int, kernel_size: int, norm: Callable[[int], nn.Module] = sparse.BatchNorm2d
+    ) -> None:
         """
         Args:
             channels: of the encoder's features.

@@ -9,8 +9,7 @@ from spark_me import masking, sparse
 from spark_me.decoder import Decoder, image_losses, patch_loss
 from spark_me.densify import Densify
 from spark_me.devices import copy_to
-from spark_me.encoders.base import SparseEncoder
-from spark_me.errors import UserError
+from spark_me.encoder import SparseEncoder
 from spark_me.sparse import Pyramid, SparseTensor
 
 
@@ -44,11 +43,10 @@ class SparK(nn.Module):
         in_channels: int = 3,
         mask_ratio: float = 0.6,
         decoder_width: int = 512,
-        backend: str = "fused",
+        backend: str = "native",
         init: str = "official",
     ) -> None:
         super().__init__()
-        _check_scales(encoder)
         self.patch_size = encoder.total_stride
         self.grid = masking.grid_of(image_size, self.patch_size)
         self.mask_ratio = mask_ratio
@@ -133,16 +131,3 @@ class SparK(nn.Module):
         # Filled, not multiplied: a NaN times zero would reach the gradients.
         nodata = masking.upsample_visible(copy_to(~valid, images.device), self.patch_size)[:, None]
         return images.masked_fill(nodata, 0), visible, copy_to(valid & ~visible, images.device)
-
-
-def _check_scales(encoder: SparseEncoder) -> None:
-    """Refuse an encoder of one's own whose scales the decoder cannot take."""
-    strides, total = tuple(encoder.strides), encoder.total_stride
-    expected = tuple(total // 2**step for step in reversed(range(len(strides))))
-    if total & (total - 1) or not 1 <= len(strides) < total.bit_length() or strides != expected:
-        raise UserError(
-            f"{type(encoder).__name__}: strides {strides} must each be half of the next and end with its total_stride, "
-            f"a power of two ({total})"
-        )
-    if len(encoder.channels) != len(strides):
-        raise UserError(f"{type(encoder).__name__}: has {len(strides)} strides but {len(encoder.channels)} channels")

@@ -4,9 +4,13 @@ torch's own SyncBatchNorm takes neither sparse tensors nor CPU tensors; this one
 proven on CPU against a single process.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.nn import functional as distributed_functional
+
+from spark_me.drop_path import drop_after
 
 
 def synchronized_batch_norm(rows: Tensor, norm: nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -44,16 +48,30 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         return normalised.view(input.shape[0], *input.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
-    """Replace every `nn.BatchNorm2d` inside `module` by its synchronised twin, parameters shared.
+class SyncBatchNormAct2d(SyncBatchNorm2d):
+    """timm's batch norm with dropout and activation behind it, over the images of all processes."""
 
-    On a GPU this is torch's own `nn.SyncBatchNorm`, which has kernels there.
+    def forward(self, input: Tensor) -> Tensor:
+        me: Any = self
+        out: Tensor = me.act(me.drop(super().forward(input)))
+        return out
+
+
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Replace every batch norm of images inside `module` by its synchronised twin, parameters shared.
+
+    On a GPU that of torch's own is `nn.SyncBatchNorm`, which has kernels there.
     """
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child))
-    if type(module) is not nn.BatchNorm2d:
-        return module
-    return twin_of(module, nn.SyncBatchNorm if module.weight.is_cuda else SyncBatchNorm2d)
+    if type(module) is nn.BatchNorm2d:
+        return twin_of(module, nn.SyncBatchNorm if module.weight.is_cuda else SyncBatchNorm2d)
+    timms = hasattr(module, "act") and hasattr(module, "drop") and not hasattr(module, "synchronised")
+    if isinstance(module, nn.BatchNorm2d) and timms:
+        twin = SyncBatchNormAct2d.__new__(SyncBatchNormAct2d)
+        twin.__dict__ = module.__dict__
+        return twin
+    return module
 
 
 def twin_of(norm: nn.modules.batchnorm._BatchNorm, kind: type[nn.modules.batchnorm._BatchNorm]) -> nn.Module:
@@ -62,6 +80,9 @@ def twin_of(norm: nn.modules.batchnorm._BatchNorm, kind: type[nn.modules.batchno
     twin.weight, twin.bias = norm.weight, norm.bias
     twin.running_mean, twin.running_var = norm.running_mean, norm.running_var
     twin.num_batches_tracked = norm.num_batches_tracked
+    rate: Any = getattr(norm, "drop_prob", 0.0)
+    if rate:
+        drop_after(twin, rate)
     return twin.train(norm.training)
 
 

@@ -66,10 +66,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if name.endswith("kernel"):
-                fan_in = parameter.shape[-2] * (parameter.shape[0] if parameter.dim() == 3 else 1)
-                parameter.copy_(noise * (2 / fan_in) ** 0.5)
-            elif parameter.dim() > 1:
+            if parameter.dim() > 1:
                 parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
             else:
                 parameter.copy_(noise * 0.2 + (1 if name.endswith("weight") else 0))

@@ -38,25 +38,27 @@ def rows_of_map(dense: Tensor, pyramid: sparse.Pyramid, stride: int) -> Tensor:
     return dense[image, :, y // stride, x // stride]
 
 
-def torch_weight(kernel: Tensor) -> Tensor:
-    """[K, Cin, Cout] → [Cout, Cin, k, k], offset by offset: y varies fastest."""
-    size = round(len(kernel) ** 0.5)
-    rows = [torch.stack([kernel[across * size + down] for across in range(size)], dim=-1) for down in range(size)]
+def torch_weight(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+    """[K, Cin, Cout] → [Cout, Cin, h, w], offset by offset: y varies fastest."""
+    height, width = size
+    rows = [torch.stack([kernel[across * height + down] for across in range(width)], dim=-1) for down in range(height)]
     return torch.stack(rows, dim=-2).transpose(0, 1)
 
 
-def convolution(rows: Tensor, kernel: Tensor, window: Window, pyramid: sparse.Pyramid, groups: int = 1) -> Tensor:
-    """Rows [N_in, Cin] → [N_out, Cout]."""
-    size, dilation = window.kernel_size, window.dilation
-    before = dilation * (size // 2) if size % 2 else 0
-    dense = functional.pad(dense_rows(rows, pyramid, window.in_stride), [before, dilation * size] * 2)
-    out = functional.conv2d(dense, torch_weight(kernel), None, window.stride, 0, dilation, groups)
+def convolution(rows: Tensor, weight: Tensor, window: Window, pyramid: sparse.Pyramid, groups: int = 1) -> Tensor:
+    """Rows [N_in, Cin] by torch's weight [Cout, Cin/groups, h, w] → [N_out, Cout]."""
+    (top, left), (height, width) = window.before, window.span
+    # behind the map, more than is read; a kernel that starts behind its site crops the map
+    dense = functional.pad(dense_rows(rows, pyramid, window.in_stride), [left, left + width, top, top + height])
+    out = functional.conv2d(dense, weight, None, window.stride, 0, window.dilation, groups)
     return rows_of_map(out, pyramid, window.out_stride)
 
 
 def convolution_to_map(rows: Tensor, kernel: Tensor, stride: int, pyramid: sparse.Pyramid) -> Tensor:
-    """Rows [N, Cin] → [B·h·w, Cout]."""
-    out = functional.conv2d(dense_rows(rows, pyramid, stride), torch_weight(kernel), padding="same")
+    """Rows [N, Cin] by a square kernel [K, Cin, Cout] → [B·h·w, Cout]."""
+    side = round(len(kernel) ** 0.5)
+    weight = torch_weight(kernel, (side, side))
+    out = functional.conv2d(dense_rows(rows, pyramid, stride), weight, padding="same")
     return out.permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -7,8 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spark_me.encoders.registry import CONVNEXTS
-
+# Version, number of blocks and channels in each of the four stages, from the papers (2201.03545, 2301.00808).
+CONVNEXTS = {
+    "convnext_tiny": (1, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnext_small": (1, (3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnext_base": (1, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnext_large": (1, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_atto": (2, (2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": (2, (2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": (2, (2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": (2, (2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": (2, (3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnextv2_base": (2, (3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnextv2_large": (2, (3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_huge": (2, (3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
 # depthwise convolution and the two linear layers of a block
 NAMES = {
     "official": ("dwconv", "pwconv1", "pwconv2"),

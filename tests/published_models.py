@@ -10,8 +10,17 @@ import torch
 from published_convnexts import PublishedConvNeXt
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models import resnet
 
-from spark_me.masked_dense import MaskedDenseResNet, mask_like, masked_batch_norm
+from spark_me.masked_dense import MaskedDense
+
+RESNETS = {
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "resnet200": (3, 24, 36, 3),
+}
+"""Bottleneck blocks in each of the four stages."""
 
 
 def _widths(width: int) -> list[int]:
@@ -24,11 +33,27 @@ def _projections(channels: list[int], width: int) -> nn.ModuleList:
 
 
 def _encoder(name: str, names: str) -> nn.Module:
-    return MaskedDenseResNet(name) if name.startswith("resnet") else PublishedConvNeXt(name, names)
+    if name not in RESNETS:
+        return PublishedConvNeXt(name, names)
+    network = resnet.ResNet(resnet.Bottleneck, list(RESNETS[name]))
+    network.fc = nn.Identity()
+    return network
+
+
+def _channels(encoder: nn.Module) -> list[int]:
+    """Of the maps, deep to shallow."""
+    return [2048, 1024, 512, 256] if isinstance(encoder, resnet.ResNet) else list(encoder.channels[::-1])
+
+
+def _maps(encoder: nn.Module, images: Tensor, visible: Tensor) -> list[Tensor]:
+    """Deep to shallow, as if hidden patches did not exist."""
+    if isinstance(encoder, resnet.ResNet):
+        encoder = MaskedDense(encoder, [(f"layer{stage}", 2 ** (stage + 1)) for stage in (1, 2, 3, 4)])
+    return encoder(images, visible)[::-1]
 
 
 def _norms(name: str, channels: list[int]) -> nn.ModuleList:
-    kind = nn.BatchNorm2d if name.startswith("resnet") else partial(nn.LayerNorm, eps=1e-6)
+    kind = nn.BatchNorm2d if name in RESNETS else partial(nn.LayerNorm, eps=1e-6)
     return nn.ModuleList(kind(c) for c in channels)
 
 
@@ -59,7 +84,7 @@ class OfficialSparK(nn.Module):
         widths = _widths(width)
         self.dense_decoder.dec = nn.ModuleList(_OfficialBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.dense_decoder.proj = nn.Conv2d(widths[-1], 3, 1)
-        channels = list(self.sparse_encoder.sp_cnn.channels[::-1])
+        channels = _channels(self.sparse_encoder.sp_cnn)
         self.densify_norms = _norms(encoder, channels)
         self.densify_projs = _projections(channels, width)
         if channels[0] == width:  # equal widths are not projected at the deepest scale
@@ -67,7 +92,7 @@ class OfficialSparK(nn.Module):
         self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
-        maps = self.sparse_encoder.sp_cnn(images, visible)[::-1]
+        maps = _maps(self.sparse_encoder.sp_cnn, images, visible)
         dense = _densify(maps, visible, self.densify_norms, self.mask_tokens, self.densify_projs)
         return self.dense_decoder.proj(_decode(dense, self.dense_decoder.dec))
 
@@ -93,13 +118,13 @@ class MmpretrainSparK(nn.Module):
         widths = _widths(width)
         self.neck.decoder = nn.ModuleList(_MmpretrainBlock(a, b) for a, b in zip(widths, widths[1:]))
         self.neck.proj = nn.Conv2d(widths[-1], 3, 1)
-        channels = list(self.backbone.channels[::-1])
+        channels = _channels(self.backbone)
         self.enc_dec_norms = _norms(encoder, channels)
         self.enc_dec_projectors = _projections(channels, width)
         self.mask_tokens = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in channels)
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
-        maps = self.backbone(images, visible)[::-1]
+        maps = _maps(self.backbone, images, visible)
         dense = _densify(maps, visible, self.enc_dec_norms, self.mask_tokens, self.enc_dec_projectors)
         return self.neck.proj(_decode(dense, self.neck.decoder))
 
@@ -118,15 +143,21 @@ def _densify(
     maps: list[Tensor], visible: Tensor, norms: nn.ModuleList, tokens: nn.ParameterList, projections: nn.ModuleList
 ) -> list[Tensor]:
     return [
-        projection(torch.where(mask_like(x, visible), _masked_norm(norm, x, visible), token))
+        projection(torch.where(_mask(x, visible), _evaluated(norm, x), token))
         for x, norm, token, projection in zip(maps, norms, tokens, projections, strict=True)
     ]
 
 
-def _masked_norm(norm: nn.Module, x: Tensor, visible: Tensor) -> Tensor:
-    if isinstance(norm, nn.LayerNorm):
-        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    return masked_batch_norm(norm, x, visible)
+def _mask(x: Tensor, visible: Tensor) -> Tensor:
+    """`visible` [B, fh, fw] at the positions of x [B, C, h, w]: [B, 1, h, w]."""
+    scale = x.shape[2] // visible.shape[1]
+    return visible.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
+
+
+def _evaluated(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in evaluation mode, which sees each position by itself."""
+    assert not norm.training
+    return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if isinstance(norm, nn.LayerNorm) else norm(x)
 
 
 def _decode(maps: list[Tensor], blocks: nn.ModuleList) -> Tensor:

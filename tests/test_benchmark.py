@@ -16,15 +16,14 @@ from spark_me.benchmark.results import compare
 from spark_me.benchmark.sweep import SWEEPS, cases_of, fit_line
 from spark_me.benchmark.tables import calls_of_a_pass
 from spark_me.benchmark.timing import time_interleaved
-from spark_me.benchmark.twins import DenseSparK
+from spark_me.benchmark.twins import DenseSparK, MaskedDenseSparK, headless
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
 from spark_me.errors import UserError
 from spark_me.machine import describe_machine
-from spark_me.masked_dense import MaskedDenseSparK
 
 TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)
 CONVNEXTS = ("convnext_tiny", "convnextv2_atto")
-FUSED, MINKOWSKI = Variant("fused", None), Variant("minkowski", None)
+NATIVE, MINKOWSKI = Variant("native", None), Variant("minkowski", None)
 MASKED = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channels_last")]
 DENSE = [Variant("dense", "contiguous"), Variant("dense", "channels_last")]
 
@@ -59,13 +58,13 @@ def test_rounds_interleave_and_neither_warmup_nor_clearing_counts():
 
 def invented_result(fused: float = 0.5, dense: float = 2.0, visible_share: float = 0.4, scope: str = "encoder"):
     seconds = {
-        FUSED: [fused * 1.1, fused, fused * 0.8],
+        NATIVE: [fused * 1.1, fused, fused * 0.8],
         MASKED[0]: [3.0, 3.0, 3.0],
         MASKED[1]: [2.5, 2.5, 2.5],
         DENSE[0]: [dense] * 3,
         DENSE[1]: [dense * 2] * 3,
     }
-    memory = {FUSED: 300, MASKED[0]: 500, MASKED[1]: 1000}
+    memory = {NATIVE: 300, MASKED[0]: 500, MASKED[1]: 1000}
     return compare(scope, seconds, memory, batch=8, visible_share=visible_share, table_seconds=0.02)
 
 
@@ -119,7 +118,7 @@ def test_sweep_of_the_mask_fits_a_line_through_the_visible_share():
     line = result.line("encoder")
     assert line is not None
     assert f"{line.deviation:.1%}" in text and "1.10 × dense" in text
-    assert result.as_dict()["fused_lines"]["encoder"]["slope"] == line.slope
+    assert result.as_dict()["native_lines"]["encoder"]["slope"] == line.slope
     assert draw_sweep(result).startswith(b"\x89PNG")
 
 
@@ -142,7 +141,7 @@ def test_all_backends_in_both_scopes():
     assert (report.visible_patches, report.patches) == (2, 4)
     for result in report.scopes:
         manners = [(row.backend, row.memory_format, row.compiled) for row in result.rows]
-        assert manners == [FUSED, MINKOWSKI, *MASKED, *DENSE]
+        assert manners == [NATIVE, MINKOWSKI, *MASKED, *DENSE]
         assert all(len(row.seconds) == 2 and min(row.seconds) > 0 for row in result.rows)
         assert sum(row.yardstick for row in result.rows) == 2
     encoder, step = report.scopes
@@ -153,7 +152,7 @@ def test_all_backends_in_both_scopes():
         assert text.count(f"\n{backend} ") == (2 if backend in sparse.BACKENDS else 4)
     for version in ("torch", "torchvision", "MinkowskiEngine", "Python"):
         assert f"{version} {report.machine.versions[version]}" in text
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["scopes"][0]["rows"][0]["backend"] == "fused"
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["scopes"][0]["rows"][0]["backend"] == "native"
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -175,27 +174,29 @@ def test_every_pass_builds_its_pyramid(monkeypatch):
             built.append(arguments[2:])
             super().__init__(*arguments)
 
-    workload = Workload(TINY, "encoder", FUSED)
+    workload = Workload(TINY, "encoder", NATIVE)
     monkeypatch.setattr(sparse, "Pyramid", Counted)
     workload.run()
     workload.run()
-    assert built == [("fused", torch.device("cpu"))] * 2
+    assert built == [("native", torch.device("cpu"))] * 2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_short_dtypes_compute_in_themselves(dtype):
     workload = Workload(dataclasses.replace(TINY, dtype=dtype), "encoder", DENSE[0])
     seen = set()
-    workload.model.network.layer4.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    workload.model.get_submodule("layer4.1.conv2").register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
     workload.run()
     assert seen == {getattr(torch, dtype)}
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", *CONVNEXTS])
 def test_dense_step_is_the_simulation_with_everything_visible(encoder):
-    dense, masked = DenseSparK(encoder, 32).double(), MaskedDenseSparK(encoder, decoder_width=32).double()
+    dense, masked = DenseSparK(encoder, 32).double(), MaskedDenseSparK(headless(encoder), decoder_width=32).double()
     randomise(masked)
-    state = {name.replace("encoder.", "encoder.network."): value for name, value in masked.state_dict().items()}
+    state = {name.replace("encoder.network.", "encoder."): value for name, value in masked.state_dict().items()}
     dense.load_state_dict({name: value for name, value in state.items() if not name.endswith("mask_token")})
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     everything = torch.ones(2, 2, 3, dtype=torch.bool)
@@ -208,16 +209,10 @@ def test_tables_are_those_that_a_pass_asks_for(encoder):
     calls = calls_of_a_pass(case)
     assert len(calls) == len(set(calls)) > 0
     _, visible = case.draw()
-    neighbours = sparse.Pyramid(visible, case.patch_size, "fused").neighbours
+    neighbours = sparse.Pyramid(visible, case.patch_size, "native").neighbours
     built = [getattr(neighbours, method)(*arguments) for method, arguments in calls]
     again = [getattr(neighbours, method)(*arguments) for method, arguments in calls]
     assert all(first is second for first, second in zip(built, again) if isinstance(first, torch.Tensor))
-
-
-def test_an_encoder_without_dense_twin_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr("spark_me.benchmark.twins.RESNETS", {"resnet34": ()})
-    with pytest.raises(UserError, match="--backends fused minkowski"):
-        measure(TINY, ["encoder"], ["fused", "dense"])
 
 
 def test_no_cuda_device_is_said(monkeypatch):

@@ -19,7 +19,7 @@ def run(arguments: str, *more: str) -> int:
 
 def test_command_prints_and_writes(capsys, tmp_path):
     target = tmp_path / "bench.json"
-    assert run(f"{TINY_ARGUMENTS} {QUICK} --scope encoder --backends fused dense", "--json", str(target)) == 0
+    assert run(f"{TINY_ARGUMENTS} {QUICK} --scope encoder --backends native dense", "--json", str(target)) == 0
     content = json.loads(target.read_text())
     assert content["case"]["image_size"] == [64, 64] and content["runs"] == 1
     (result,) = content["scopes"]
@@ -33,14 +33,14 @@ def test_command_compares_a_convnext_with_all_backends(capsys):
     arguments = TINY_ARGUMENTS.replace("resnet18", "convnextv2_atto")
     assert run(f"{arguments} {QUICK} --scope both") == 0
     printed = capsys.readouterr().out
-    assert all(printed.count(f"\n{backend} ") == 2 for backend in ("fused", "minkowski"))
+    assert all(printed.count(f"\n{backend} ") == 2 for backend in ("native", "minkowski"))
     assert all(printed.count(f"\n{backend} ") == 4 for backend in ("masked_dense", "dense"))
 
 
 def test_command_sweeps(capsys, tmp_path):
     table, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
     outputs = ["--json", str(table), "--plot", str(plot)]
-    assert run(f"{TINY_ARGUMENTS} {QUICK} --backends fused --sweep batch --values 1 2", *outputs) == 0
+    assert run(f"{TINY_ARGUMENTS} {QUICK} --backends native --sweep batch --values 1 2", *outputs) == 0
     content = json.loads(table.read_text())
     assert [report["case"]["batch"] for report in content["reports"]] == content["values"] == [1, 2]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -51,7 +51,7 @@ def test_command_sweeps(capsys, tmp_path):
     ("arguments", "says"),
     [
         ("--encoder resnet5", "did you mean resnet50"),
-        ("--backends fuse", "did you mean fused"),
+        ("--backends nativ", "did you mean native"),
         ("--image-size 100", "no multiple of the encoder's patch size 32"),
         ("--image-size 64 64 64", "--image-size"),
         ("--mask-ratio 0.9", "leaves no patch visible"),

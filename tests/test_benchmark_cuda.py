@@ -14,15 +14,15 @@ from spark_me.benchmark.largest import STEP, LargestBatch, LargestBatches, find_
 from spark_me.benchmark.markdown import markdown_of
 from spark_me.benchmark.report import format_largest, format_report
 from spark_me.benchmark.results import Report, compare
+from spark_me.benchmark.twins import MaskedDenseSparK, headless
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
 from spark_me.cli import main
 from spark_me.devices import float32_products
 from spark_me.errors import EngineError, UserError
 from spark_me.machine import describe_machine
-from spark_me.masked_dense import MaskedDenseSparK
 
 TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)
-FUSED, COMPILED = Variant("fused", None), Variant("masked_dense", "channels_last", compiled=True)
+NATIVE, COMPILED = Variant("native", None), Variant("masked_dense", "channels_last", compiled=True)
 EAGER = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channels_last")]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,8 +45,8 @@ def test_precision_is_set_for_a_pass_and_restored(dtype, tf32, before):
 
 
 def test_dense_backends_run_compiled_besides():
-    assert variants_of(["fused", "masked_dense"], compiled=True) == [FUSED, *EAGER, COMPILED]
-    assert variants_of(["fused", "masked_dense"]) == [FUSED, *EAGER]
+    assert variants_of(["native", "masked_dense"], compiled=True) == [NATIVE, *EAGER, COMPILED]
+    assert variants_of(["native", "masked_dense"]) == [NATIVE, *EAGER]
     assert str(COMPILED) == "masked_dense (channels_last, compiled)"
 
 
@@ -54,7 +54,9 @@ def test_dense_backends_run_compiled_besides():
 def test_the_simulation_compiles_whole_and_computes_the_same(training):
     """Traced for a compiler, it is one graph; the simulation's batch norm takes another way there."""
     torch.manual_seed(0)
-    eager, traced = (MaskedDenseSparK("resnet18", decoder_width=32).double().train(training) for _ in range(2))
+    eager, traced = (
+        MaskedDenseSparK(headless("resnet18"), decoder_width=32).double().train(training) for _ in range(2)
+    )
     traced.load_state_dict(eager.state_dict())
     traced.compile(backend="aot_eager", fullgraph=True, dynamic=False)
     images = torch.randn(3, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -87,8 +89,8 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setattr(trial, "Workload", Failing)
     monkeypatch.setattr(trial, "peak_on_gpu", lambda workload: 7 * 2**20)
     announced: list[str] = []
-    trials = trial.try_all(TINY, "encoder", [FUSED, *EAGER, COMPILED], announced.append)
-    assert list(trials.workloads) == list(trials.peaks) == [FUSED, EAGER[1]]
+    trials = trial.try_all(TINY, "encoder", [NATIVE, *EAGER, COMPILED], announced.append)
+    assert list(trials.workloads) == list(trials.peaks) == [NATIVE, EAGER[1]]
     assert set(trials.peaks.values()) == {7 * 2**20}
     assert trials.left_out == {
         str(EAGER[0]): "does not fit into the GPU's memory",
@@ -96,12 +98,12 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
     }
     assert len(announced) == 4
     monkeypatch.setattr(Failing, "errors", {EAGER[0]: EngineError("the installed engine is built for the CPU")})
-    trials = trial.try_all(TINY, "encoder", [FUSED, EAGER[0]], announced.append)
-    assert list(trials.workloads) == [FUSED]
+    trials = trial.try_all(TINY, "encoder", [NATIVE, EAGER[0]], announced.append)
+    assert list(trials.workloads) == [NATIVE]
     assert trials.left_out == {str(EAGER[0]): "the installed engine is built for the CPU"}
-    monkeypatch.setattr(Failing, "errors", {FUSED: RuntimeError("a mistake")})
+    monkeypatch.setattr(Failing, "errors", {NATIVE: RuntimeError("a mistake")})
     with pytest.raises(RuntimeError, match="a mistake"):
-        trial.try_all(TINY, "encoder", [FUSED], announced.append)
+        trial.try_all(TINY, "encoder", [NATIVE], announced.append)
 
 
 @pytest.mark.parametrize("first", [1, 8, 64, 5000])
@@ -118,8 +120,8 @@ def test_search_finds_the_largest_multiple(most, first):
 
 
 def invented_report(dtype: str = "bfloat16") -> Report:
-    seconds = {FUSED: [0.1, 0.11, 0.12], EAGER[0]: [0.5] * 3, EAGER[1]: [0.4] * 3, COMPILED: [0.22] * 3}
-    memory = {FUSED: 3 * 2**30, EAGER[0]: 9 * 2**30, EAGER[1]: 8 * 2**30, COMPILED: 6 * 2**30}
+    seconds = {NATIVE: [0.1, 0.11, 0.12], EAGER[0]: [0.5] * 3, EAGER[1]: [0.4] * 3, COMPILED: [0.22] * 3}
+    memory = {NATIVE: 3 * 2**30, EAGER[0]: 9 * 2**30, EAGER[1]: 8 * 2**30, COMPILED: 6 * 2**30}
     case = dataclasses.replace(TINY, encoder="resnet50", batch=256, dtype=dtype, device="cuda")
     left_out = {"dense (channels_last, compiled)": "does not compile (RuntimeError: no)"}
     result = compare("encoder", seconds, memory, batch=256, visible_share=0.4, left_out=left_out)
@@ -129,7 +131,7 @@ def invented_report(dtype: str = "bfloat16") -> Report:
 
 def invented_batches() -> LargestBatches:
     largest = [
-        LargestBatch("fused", None, 1024, "memory"),
+        LargestBatch("native", None, 1024, "memory"),
         LargestBatch("minkowski", None, 0, "RuntimeError: no"),
         LargestBatch("masked_dense", "channels_last", 400, "memory"),
     ]
@@ -156,11 +158,11 @@ def test_files_become_tables(tmp_path, capsys):
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert lines[0].startswith("2026-01-02, A GPU; ") and text.count("A GPU") == 1
-    fused = "| resnet50 | {} | 256 | `fused` | - | 110.0 | 100.0–120.0 | 2327 | 2.00× | 3.00 | 0.50× |"
+    fused = "| resnet50 | {} | 256 | `native` | - | 110.0 | 100.0–120.0 | 2327 | 2.00× | 3.00 | 0.50× |"
     masked = "| resnet50 | {} | 256 | `masked_dense` | channels_last, compiled | 220.0 | 220.0–220.0 | 1164 | 1.00× | 6.00 | 1.00× |"  # noqa: E501
     expected = [line.format(dtype) for dtype in ("bfloat16", "tf32") for line in (fused, masked)]
     assert [line for line in lines if " 256 " in line] == expected
-    assert "| resnet50 | encoder | bfloat16 | `fused` | - | 1024 | 2.56× | memory, 80 GiB |" in lines
+    assert "| resnet50 | encoder | bfloat16 | `native` | - | 1024 | 2.56× | memory, 80 GiB |" in lines
     assert "| resnet50 | encoder | bfloat16 | `minkowski` | - | 0 | 0.00× | RuntimeError: no |" in lines
     assert text.count("does not compile") == 2
     assert "80.0 GiB" in format_largest(invented_batches())
@@ -177,7 +179,7 @@ def test_other_files_are_refused(content, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16", "float16"])
 def test_all_backends_on_a_gpu(dtype, tmp_path, capsys):
     case = dataclasses.replace(TINY, device="cuda", dtype=dtype)
-    options = {"backends": ["fused", "minkowski", "masked_dense", "dense"], "runs": 2, "warmup": 1, "memory": True}
+    options = {"backends": ["native", "minkowski", "masked_dense", "dense"], "runs": 2, "warmup": 1, "memory": True}
     bench(case, "both", tmp_path / "all.json", **options, compiled=dtype == "bfloat16")
     content = json.loads((tmp_path / "all.json").read_text())
     for result in content["scopes"]:
@@ -185,7 +187,7 @@ def test_all_backends_on_a_gpu(dtype, tmp_path, capsys):
         assert len(result["rows"]) == (8 if dtype == "bfloat16" else 6)
         assert all(row["activation_bytes"] > 0 for row in result["rows"])
     assert set(content["machine"]["tf32"].values()) == {dtype == "tf32"}
-    assert "`fused`" in markdown_of([tmp_path / "all.json"])
+    assert "`native`" in markdown_of([tmp_path / "all.json"])
 
 
 @pytest.fixture
@@ -201,11 +203,11 @@ def little_memory() -> Iterator[None]:
 def test_a_batch_that_does_not_fit_says_so(little_memory):
     case = dataclasses.replace(TINY, device="cuda", batch=512, image_size=(448, 448))
     with pytest.raises(UserError, match="does not fit into the GPU's memory"):
-        measure(case, ["encoder"], ["fused"], runs=1, warmup=0)
+        measure(case, ["encoder"], ["native"], runs=1, warmup=0)
 
 
 @pytest.mark.gpu
 def test_largest_batch_on_a_gpu(little_memory):
     case = dataclasses.replace(TINY, device="cuda", image_size=(224, 224))
-    found = find_largest_batches(case, "encoder", ["fused", "masked_dense"])
+    found = find_largest_batches(case, "encoder", ["native", "masked_dense"])
     assert all(each.batch >= STEP and each.limit == "memory" for each in found.largest)

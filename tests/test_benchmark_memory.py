@@ -14,7 +14,7 @@ from spark_me.benchmark.workloads import Variant, Workload
 from spark_me.errors import UserError
 
 TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5)
-FUSED = Variant("fused", None)
+NATIVE = Variant("native", None)
 
 
 class Greedy:
@@ -38,7 +38,7 @@ def test_peak_is_what_a_pass_holds_at_once():
 def test_memory_grows_with_the_batch(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     small, large = (
-        activation_bytes(dataclasses.replace(TINY, batch=batch, image_size=(128, 128)), "encoder", FUSED)
+        activation_bytes(dataclasses.replace(TINY, batch=batch, image_size=(128, 128)), "encoder", NATIVE)
         for batch in (8, 64)  # enough to drown some MiB that other work in memory makes them differ by
     )
     if small is None or large is None:
@@ -48,7 +48,7 @@ def test_memory_grows_with_the_batch(monkeypatch):
 
 def test_memory_is_none_where_the_platform_does_not_tell(monkeypatch, tmp_path):
     monkeypatch.setattr("spark_me.benchmark.memory.CLEAR_REFS", tmp_path / "none" / "clear_refs")
-    assert peak_in_memory(Workload(TINY, "encoder", FUSED)) is None
+    assert peak_in_memory(Workload(TINY, "encoder", NATIVE)) is None
 
 
 def test_a_killed_memory_process_is_said(monkeypatch):
@@ -65,4 +65,4 @@ def test_a_killed_memory_process_is_said(monkeypatch):
 
     monkeypatch.setattr("spark_me.benchmark.memory.ProcessPoolExecutor", Killed)
     with pytest.raises(UserError, match="lower --batch 2"):
-        activation_bytes(TINY, "encoder", FUSED)
+        activation_bytes(TINY, "encoder", NATIVE)

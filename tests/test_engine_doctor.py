@@ -35,7 +35,7 @@ CHECKS = [
     "response norm",
 ]
 SMALL_CASES = [case for case in cases_for("cuda") if case.sites() < 10_000]
-LINE = re.compile(r"(ok|MISMATCH|FAILED) (.+) \(cpu, (minkowski|fused), (float\d\d)\): (.*)")
+LINE = re.compile(r"(ok|MISMATCH|FAILED) (.+) \(cpu, (minkowski|native), (float\d\d)\): (.*)")
 
 
 def verdicts(text):
@@ -91,17 +91,17 @@ class TransposedConv(sparse.Conv2d):
     """Takes the offsets of a 3×3 kernel with x fastest."""
 
     def forward(self, x):
-        if self.kernel_size == 3:
-            self.kernel.data = self.kernel.data[torch.arange(9).view(3, 3).T.flatten()]
+        if self.kernel_size == (3, 3):
+            self.weight.data = self.weight.data.transpose(2, 3)
         return super().forward(x)
 
 
 class WrongGradientConv(sparse.Conv2d):
     """Right forward, wrong weight gradient."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.kernel.register_hook(lambda grad: grad * (1 + 1e-6))
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.weight.register_hook(lambda grad: grad * (1 + 1e-6))
 
 
 class UnmaskedPool(sparse.MaxPool2d):
@@ -112,7 +112,7 @@ class UnmaskedPool(sparse.MaxPool2d):
         return sparse.with_features(pooled, pooled.F.clamp(min=0))
 
 
-class SlowBatchNorm(sparse.BatchNorm):
+class SlowBatchNorm(sparse.BatchNorm2d):
     """Another momentum: only the running statistics differ."""
 
     def __init__(self, channels):
@@ -123,9 +123,9 @@ class SlowBatchNorm(sparse.BatchNorm):
     ("layer", "wrong", "named"),
     [
         ("Conv2d", TransposedConv, {name for name in CHECKS if name.startswith("conv 3×3")}),
-        ("Conv2d", WrongGradientConv, {name for name in CHECKS if name.startswith("conv")}),
+        ("Conv2d", WrongGradientConv, {name for name in CHECKS if name.startswith(("conv", "depthwise"))}),
         ("MaxPool2d", UnmaskedPool, {"max-pool 3×3 stride 2"}),
-        ("BatchNorm", SlowBatchNorm, {"batch norm"}),
+        ("BatchNorm2d", SlowBatchNorm, {"batch norm"}),
     ],
 )
 def test_a_wrong_layer_is_named(monkeypatch, capsys, layer, wrong, named):

@@ -1,10 +1,11 @@
-"""Nothing in a step of the `fused` backend reads a value back from its device, so the host never waits for it.
+"""Nothing in a step of the `native` backend reads a value back from its device, so the host never waits for it.
 
 The device is torch's `meta`: its tensors have no values, so whatever needs one (`item`, `nonzero`, a comparison as a
 condition) raises. Copies to it are counted: one that is not pinned would make the host wait for a GPU.
 """
 
 import gc
+import itertools
 import weakref
 from typing import Any
 
@@ -16,10 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spark_me
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Pairs, Window
+from spark_me.sparse.neighbours import Neighbours, Pairs, Window, square_window
 
 META = torch.device("meta")
-WINDOWS = [Window(1, 7, 2), Window(2, 3, 2), Window(4, 3, 1, 2), Window(8, 7, 1), Window(1, 4, 4)]
+WINDOWS = [
+    square_window(1, 7, 2),
+    square_window(2, 3, 2),
+    square_window(4, 3, 1, 2),
+    square_window(8, 7),
+    square_window(1, 4, 4),
+    Window(2, (1, 7), 1, (1, 1), (0, 3)),
+    Window(1, (3, 3), 2, (1, 1), (0, 0)),
+]
 
 
 class Copies(TorchDispatchMode):
@@ -46,21 +55,29 @@ class NoLists(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
+def halo(stride):
+    return stride, (-1, -2), (8 // stride + 2, 8 // stride + 4)
+
+
 def test_all_tables_are_shaped_by_the_host(visible):
     expected = Neighbours(visible, 8)
     with Copies() as copies:
-        pyramid = sparse.Pyramid(visible, 8, "fused", META)
+        pyramid = sparse.Pyramid(visible, 8, "native", META)
         tables = pyramid.neighbours
         shapes = [tables.of_sites(window).shape for window in WINDOWS]
         shapes += [tables.counts(window).shape for window in WINDOWS]
-        shapes += [tables.of_tiles(stride, -1, 8 // stride + 2).shape for stride in pyramid.strides]
+        shapes += [tables.mirrored(window).shape for window in WINDOWS]
+        shapes += [tables.of_tiles(*halo(stride)).shape for stride in pyramid.strides]
+        shapes += [tables.outside_of_map(*halo(stride)).shape for stride in pyramid.strides]
         for stride in pyramid.strides:
             assert tables.sites(stride) == len(pyramid.raster_index(stride)) == len(pyramid.coordinates(stride))
             assert pyramid.image_index(stride).device == META
     assert shapes == [
         *(expected.of_sites(window).shape for window in WINDOWS),
         *(expected.counts(window).shape for window in WINDOWS),
-        *(expected.of_tiles(stride, -1, 8 // stride + 2).shape for stride in pyramid.strides),
+        *(expected.mirrored(window).shape for window in WINDOWS),
+        *(expected.of_tiles(*halo(stride)).shape for stride in pyramid.strides),
+        *(expected.outside_of_map(*halo(stride)).shape for stride in pyramid.strides),
     ]
     mask = tuple(visible.shape)
     patches = (int(visible.sum()), 3)
@@ -69,7 +86,7 @@ def test_all_tables_are_shaped_by_the_host(visible):
 
 def test_the_guards_can_fail(visible):
     with pytest.raises(NotImplementedError):  # the mask's sites would have to be counted there
-        sparse.Pyramid(visible.to(META), 8, "fused")
+        sparse.Pyramid(visible.to(META), 8, "native")
     with Copies() as copies:
         torch.zeros(4, 5).to(META)
     assert copies.shapes == [(4, 5)]
@@ -77,13 +94,17 @@ def test_the_guards_can_fail(visible):
         torch.zeros(4, 5)[:, [2, 0]]
 
 
-@pytest.mark.parametrize("with_nodata", [False, True])
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+    "encoder, with_nodata",
+    [("resnet18", False), ("resnet18", True), ("resnet50", False), ("convnextv2_atto", False), ("densenet121", False),
+     ("timm/seresnet18", False), ("timm/resnetblur18", False), ("timm/tf_efficientnet_b0", False)],
+)  # fmt: skip
 def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypatch):
     monkeypatch.setattr(Neighbours, "pairs", _pairs)
     monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast knows no such device
-    model = spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, drop_path=0.1).to(META)
+    rate = None if encoder == "densenet121" else 0.1  # it has no stochastic depth
+    model = spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, drop_path=rate).to(META)
     images = torch.empty(len(visible), 3, 96, 128, device=META)
     valid = torch.ones_like(visible) if with_nodata else None
     with Copies() as copies, NoLists():
@@ -96,11 +117,12 @@ def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypat
 
 def _pairs(self: Neighbours, window: Window) -> list[Pairs]:
     """One pair for each offset: on a GPU kernels read the tables themselves, and how many there are does not matter."""
-    return [Pairs(offset, *torch.zeros(2, 1, dtype=torch.long, device=META)) for offset in range(window.kernel_size**2)]
+    offsets = itertools.product(*map(range, window.size))
+    return [Pairs(offset, *torch.zeros(2, 1, dtype=torch.long, device=META)) for offset in offsets]
 
 
 def _pairs_to_raster(self: Neighbours, stride: int, kernel_size: int) -> list[Pairs]:
-    return _pairs(self, Window(stride, kernel_size, 1))
+    return _pairs(self, square_window(stride, kernel_size))
 
 
 @pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])

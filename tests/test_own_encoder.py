@@ -1,6 +1,9 @@
-"""The exactness contract for an encoder of one's own, made of layers that no published encoder here uses."""
+"""The exactness contract for a network of one's own: ordinary layers of torch, none of them known by name here."""
 
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,76 +12,53 @@ from conftest import contract_masks, randomise
 from torch import nn
 from torch.nn import functional
 
-from spark_me import sparse
-from spark_me.encoders.base import SparseEncoder
-from spark_me.spark import SparK
-from spark_me.weights.kernels import to_dense_state
-
-SPARSE = SimpleNamespace(**{name: getattr(sparse, name) for name in sparse.__all__})
-DENSE = SimpleNamespace(
-    Conv2d=lambda c_in, c_out, k, stride=1, groups=1, dilation=1, bias=False: nn.Conv2d(
-        c_in, c_out, k, stride, dilation * (k // 2), dilation, groups, bias
-    ),
-    MaxPool2d=lambda k, stride: nn.MaxPool2d(k, stride, k // 2),
-    AvgPool2d=nn.AvgPool2d,
-    GroupNorm=nn.GroupNorm,
-    InstanceNorm2d=nn.InstanceNorm2d,
-    SqueezeExcite=torchvision.ops.SqueezeExcitation,
-    LeakyReLU=nn.LeakyReLU,
-    SiLU=nn.SiLU,
-    Hardswish=nn.Hardswish,
-    add=torch.add,
-)
+import spark_me
+from spark_me.networks import dense_network
 
 
 class Residual(nn.Module):
-    def __init__(self, body, add):
+    def __init__(self, channels):
         super().__init__()
-        self.body, self.add = body, add
-
-    def forward(self, x):
-        return self.add(x, self.body(x))
-
-
-def stage(layers, c_in, c_out, stride):
-    body = nn.Sequential(
-        layers.Conv2d(c_out, c_out, 3, groups=4, dilation=2),
-        layers.InstanceNorm2d(c_out, affine=True),
-        layers.Hardswish(),
-        layers.SqueezeExcite(c_out, 4, scale_activation=nn.Hardsigmoid),
-        layers.Conv2d(c_out, c_out, 1, groups=2, bias=True),
-    )
-    return nn.Sequential(
-        layers.Conv2d(c_in, c_out, 3, stride, groups=2),
-        layers.GroupNorm(4, c_out),
-        layers.LeakyReLU(0.1),
-        layers.MaxPool2d(3, 1),
-        Residual(body, layers.add),
-        layers.SiLU(),  # without it, densify's norm would remove the bias before it
-    )
-
-
-def stem(layers):
-    return nn.Sequential(layers.Conv2d(3, 8, 7, stride=2, bias=True), layers.SiLU(), layers.AvgPool2d(2, 2))
-
-
-class OwnEncoder(SparseEncoder):
-    """Total stride 8 with two stages, 16 with three."""
-
-    def __init__(self, stages, layers=SPARSE):
-        super().__init__()
-        self.strides = tuple(4 * 2**level for level in range(stages))
-        self.channels = tuple(8 * 2**level for level in range(stages))
-        self.total_stride = self.strides[-1]
-        self.stem = stem(layers)
-        widths = (8, *self.channels)
-        self.stages = nn.ModuleList(
-            stage(layers, *pair, stride=2 if level else 1) for level, pair in enumerate(zip(widths, widths[1:]))
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=2, dilation=2, groups=4, bias=False),
+            nn.InstanceNorm2d(channels, affine=True),
+            nn.Hardswish(),
+            torchvision.ops.SqueezeExcitation(channels, 4, scale_activation=nn.Hardsigmoid),
+            nn.Conv2d(channels, channels, 1, groups=2),
         )
 
     def forward(self, x):
+        return x + self.body(x)
+
+
+def stage(c_in, c_out, stride):
+    return nn.Sequential(
+        nn.Conv2d(c_in, c_out, 3, stride, 1, groups=2, bias=False),
+        nn.GroupNorm(4, c_out),
+        nn.LeakyReLU(0.1),
+        nn.MaxPool2d(3, 1, 1),
+        Residual(c_out),
+        nn.SiLU(),  # without it, densify's norm would remove the bias before it
+    )
+
+
+class OwnNetwork(nn.Module):
+    """Total stride 8 with two stages, 16 with three."""
+
+    def __init__(self, stages, in_channels=3, num_classes=5):
+        super().__init__()
+        widths = [8, *(8 * 2**level for level in range(stages))]
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 8, 7, 2, 3), nn.SiLU(), nn.AvgPool2d(2, 2))
+        self.stages = nn.ModuleList(
+            stage(*pair, stride=2 if level else 1) for level, pair in enumerate(zip(widths, widths[1:]))
+        )
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x):
         x = self.stem(x)
-        return [x := each(x) for each in self.stages]
+        for each in self.stages:
+            x = each(x)
+        return self.classifier(x.mean((2, 3)))
 
 
 def mask_of(x, visible):
@@ -134,10 +114,17 @@ def densify(layer, x, visible):
     return layer.projection(dense.permute(0, 3, 1, 2))
 
 
-def simulated_loss(model, encoder, images, visible):
-    x = simulate(encoder.stem, images * mask_of(images, visible)[:, None], visible)
-    features = [x := simulate(each, x, visible) for each in encoder.stages]
-    maps = [densify(layer, x, visible) for layer, x in zip(model.densify, reversed(features), strict=False)]
+def simulated_features(network, images, visible):
+    """Of every stride from 2 on, the last map: in the stem that before its pooling, else what a stage returns."""
+    x = simulate(network.stem[:2], images * mask_of(images, visible)[:, None], visible)
+    features = [x]
+    x = simulate(network.stem[2], x, visible)
+    return features + [x := simulate(each, x, visible) for each in network.stages]
+
+
+def simulated_loss(model, network, images, visible):
+    features = simulated_features(network, images, visible)
+    maps = [densify(layer, x, visible) for layer, x in zip(model.densify, reversed(features), strict=True)]
     prediction, target = (
         functional.unfold(x, model.patch_size, stride=model.patch_size) for x in (model.decoder(maps), images)
     )
@@ -146,35 +133,111 @@ def simulated_loss(model, encoder, images, visible):
     return errors[~visible.flatten(1)].mean()
 
 
-def twins(stages, backend="fused"):
-    model = SparK(OwnEncoder(stages), image_size=(48, 64), decoder_width=16, backend=backend)
+def twins(stages, backend="native"):
+    """A model, and the network that it was made of: they share the encoder's parameters."""
+    network = OwnNetwork(stages)
+    model = spark_me.build_model(network, image_size=(48, 64), decoder_width=16, backend=backend)
     randomise(model.double())
-    dense = OwnEncoder(stages, DENSE).double()
-    dense.load_state_dict(to_dense_state(model.encoder.state_dict(), dense))
-    return model, dense
+    return model, network.double()
 
 
 @pytest.mark.parametrize("stages, patch_size", [(2, 8), (3, 16)])
 def test_loss_and_gradients_equal_the_simulation(stages, patch_size, backend, assert_close):
-    model, dense = twins(stages, backend)
-    assert model.patch_size == patch_size
+    model, network = twins(stages, backend)
+    assert model.patch_size == patch_size and model.encoder.strides == (2, 4, 8, 16)[: stages + 1]
     visible = contract_masks()
     shape = (len(visible), 3, 3 * patch_size, 4 * patch_size)
     images = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    loss, expected = model(images, visible), simulated_loss(model, dense, images, visible)
+    named = {"images": images} | dict(model.named_parameters())
+    loss, expected = model(images, visible), simulated_loss(model, network, images, visible)
     assert_close(loss, expected, "loss")
-    shared = {name: p for name, p in model.named_parameters() if not name.startswith("encoder.")}
-    ours, theirs = ({"images": images} | dict(encoder.named_parameters()) for encoder in (model.encoder, dense))
-    gradients = dict(zip([*ours, *shared], torch.autograd.grad(loss, [*ours.values(), *shared.values()])))
-    wanted = dict(zip([*theirs, *shared], torch.autograd.grad(expected, [*theirs.values(), *shared.values()])))
-    gradients = to_dense_state(gradients, dense)
-    assert gradients.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert_close(gradients[name], gradient, f"gradient of {name}")
+    gradients, wanted = (torch.autograd.grad(each, list(named.values())) for each in (loss, expected))
+    for name, gradient, other in zip(named, gradients, wanted, strict=True):
+        assert_close(gradient, other, f"gradient of {name}")
 
 
 def test_all_visible_is_the_plain_dense_network(backend, assert_close):
-    model, dense = twins(3, backend)
+    model, network = twins(3, backend)
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    for actual, expected in zip(model.encode(images), dense(images), strict=True):
-        assert_close(actual, expected)
+    x = network.stem(images)
+    expected = [network.stem[:2](images), *[x := each(x) for each in network.stages]]
+    for actual, wanted in zip(model.encode(images), expected, strict=True):
+        assert_close(actual, wanted)
+    (deepest,) = model.encode(images)[-1:]
+    assert_close(network.classifier(deepest.mean((2, 3))), network(images), "logits")
+
+
+def test_the_encoder_is_the_network_by_name_and_weight():
+    """The network keeps its weights and shares them: pretraining it needs no conversion back."""
+    network = OwnNetwork(2)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    model = spark_me.build_model(network, image_size=64, decoder_width=16)
+    encoder = dict(model.encoder.named_parameters())
+    assert encoder.keys() == before.keys() - {"classifier.weight", "classifier.bias"}
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]) and encoder.get(name, parameter) is parameter
+    missing, unexpected = network.load_state_dict(model.encoder.state_dict(), strict=False)
+    assert missing == ["classifier.weight", "classifier.bias"] and not unexpected
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(2, 3, 64, 64)).backward()
+    optimizer.step()
+    assert not torch.equal(network.stem[0].weight, before["stem.0.weight"])
+
+
+def run(script):
+    """What a process of its own prints."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    ).stdout
+
+
+REGISTERED = """
+import spark_me, torch
+from test_own_encoder import OwnNetwork
+
+spark_me.register_encoder("own", lambda in_channels, num_classes=None: OwnNetwork(3, in_channels, num_classes or 7))
+model = spark_me.build_model("own", image_size=(32, 48), in_channels=2, decoder_width=16)
+print(model.patch_size, *model.encoder.channels, "own" in spark_me.list_encoders())
+model(torch.randn(2, 2, 32, 48)).backward()
+for name in ("own", "resnet18", "timm/mine"):
+    try:
+        spark_me.register_encoder(name, OwnNetwork)
+    except spark_me.UserError as error:
+        print(error)
+"""
+
+
+def test_a_registered_factory_is_known_by_name():
+    """In a process of its own: the registry lasts as long as one."""
+    first, *refusals = run(REGISTERED).splitlines()
+    assert first == "16 8 8 16 32 True"
+    taken = "own", "resnet18", "timm/mine"
+    assert refusals == [f"encoder {name!r} exists already: register yours under another name" for name in taken]
+
+
+FORKED = """
+import os, torch, spark_me
+from test_own_encoder import OwnNetwork
+
+model = spark_me.build_model(OwnNetwork(2), image_size=16, decoder_width=16)
+model(torch.randn(2, 3, 16, 16)).backward()
+child = os.fork()
+if not child:
+    model(torch.randn(2, 3, 16, 16)).backward()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has threads of autograd's own")
+def test_a_fork_still_has_gradients():
+    """Tracing must leave nothing behind by which autograd starts threads where there is no GPU."""
+    assert run(FORKED) == "7\n"
+
+
+def test_a_factory_gets_the_channels_of_the_images(monkeypatch):
+    monkeypatch.setattr("spark_me.networks._OWN", {})
+    spark_me.register_encoder("own", lambda in_channels: OwnNetwork(2, in_channels))
+    assert dense_network("own", in_channels=4).stem[0].in_channels == 4

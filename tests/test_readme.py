@@ -11,10 +11,9 @@ import tar_shards
 import tiny_finetune
 from classifier_files import save_image
 
-from spark_me import cli
+from spark_me import cli, networks
 from spark_me.cli_grammar import parse
 from spark_me.config import SCHEMAS, load_config
-from spark_me.encoders import ENCODERS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if page.name != "configuration.md")]
@@ -45,7 +44,7 @@ def blocks_of(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_is_understood(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(ENCODERS, "tinynet", ENCODERS["resnet18"])
+    monkeypatch.setitem(networks._OWN, "tinynet", lambda in_channels: networks.dense_network("resnet18"))
     for command in commands_of(page):
         words = shlex.split(re.sub(r"^.*?(spark-me|-m spark_me|tinynet.py|spark_me(:cpu)?) +(?=[a-z])", "", command))
         if "…" in command:  # for whatever is put there
@@ -99,7 +98,7 @@ def type_in(command: str, capsys: pytest.CaptureFixture[str]) -> str:
                 runpy.run_path(words[1], run_name="__main__")
         finally:
             sys.argv = original
-            ENCODERS.pop("tinynet", None)
+            networks._OWN.pop("tinynet", None)
         code = stop.value.code
     else:
         code = cli.main(words[1:])
@@ -116,11 +115,12 @@ def readme_commands(*starts: str) -> list[str]:
 def test_pretraining_and_what_comes_after_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (pretrain,) = readme_commands("spark-me pretrain")
+    pretrain, of_timm = readme_commands("spark-me pretrain")
     printed = type_in(pretrain, capsys)
     # The commands that it proposes are typed, too, but for their beginning that leads to an environment.
     hints = [line.split(maxsplit=1) for line in printed.splitlines() if "spark-me" in line]
     assert [name for name, _ in hints] == ["more", "weights", "next"]
+    assert "timm/regnety_016" in of_timm
     for _, hint in hints:
         hint = re.sub(r"^\S*spark-me", "spark-me", hint.replace("YOUR_PHOTO.jpg", "photo.jpg"))
         type_in(hint.replace("/path/above/train/and/val", "labelled").replace("runs/tuned", "runs/hint"), capsys)
@@ -163,7 +163,7 @@ def test_encoder_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
     pretrain, *others = readme_commands("python tinynet.py")
     printed = type_in(pretrain, capsys)
     assert "python tinynet.py reconstruct runs/tinynet/checkpoints/best.pt" in printed
-    assert len(others) == 2
+    assert len(others) == 3
     for command in others:
         type_in(command, capsys)
 

@@ -10,7 +10,6 @@ import torch
 from tiny_runs import write_images
 from torch import nn
 
-from spark_me import sparse
 from spark_me.config import load_config
 from spark_me.data.files import find_files
 from spark_me.spark import SparK
@@ -82,7 +81,7 @@ RECIPES = {
         OFFICIAL, "convnext_large", 0.4, 1600, 1.665961e-3, beta2=0.999, batch_size=2048, side=384, mask_ratio=0.75
     ),
 }
-DECAYED = (sparse.Conv2d, sparse.DepthwiseConv2d, nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+DECAYED = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def test_every_recipe_is_in_the_table() -> None:
@@ -169,7 +168,12 @@ def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
 
 
 def assert_initial_weights(model: SparK, source: str) -> None:
-    """Every tensor but the encoder's convolutions is distributed as the source's own code starts it."""
+    """Every tensor is distributed as the source's own code starts it."""
+    for module in model.encoder.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            by_fan = (2 / (module.weight[0, 0].numel() * len(module.weight))) ** 0.5
+            assert_normal(module.weight, by_fan if model.encoder.network.startswith("resnet") else 0.02)
+            assert module.bias is None or not module.bias.any()
     blocks = model.decoder.blocks
     for block in blocks:
         width = block.upsample.in_channels
@@ -211,7 +215,7 @@ def assert_decay_reaches_weights_alone(model: nn.Module, optimizer: torch.optim.
         for module in model.modules()
         if isinstance(module, DECAYED)
         for name, parameter in module.named_parameters(recurse=False)
-        if name in ("kernel", "weight")
+        if name == "weight"
     }
     decayed, free = optimizer.param_groups
     assert (decayed["decayed"], free["decayed"]) == (True, False)

@@ -34,7 +34,7 @@ def rows() -> list[list[str]]:
         tuned = load_config(FINETUNE / f"{name}.yaml", ["weights=none", "data.root=imagenet"], schema=FinetuneConfig)
         with torch.device("meta"):
             network: nn.Module = build_network(tuned.model.encoder, 1000)
-        groups = parameter_groups(network, LayerDecay(tuned.model.encoder, tuned.optim.layer_decay).scale)
+        groups = parameter_groups(network, LayerDecay(network, tuned.optim.layer_decay).scale)
         std = tuned.model.classifier_std
         classifier = "classifier by the library" if std is None else f"classifier normal, {std:g}"
         table.append(row(name, tuned, classifier, len(groups)))

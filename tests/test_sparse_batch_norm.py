@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import contract_masks, randomise, relative_error
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import spark_me
 from spark_me import sparse
-from spark_me.encoders.checkpointing import checkpointed
-from spark_me.encoders.resnet import BasicBlock, Bottleneck
+from spark_me.drop_path import drop_after, residual_ends
+from spark_me.encoder import sparsify
 from spark_me.sparse import batch_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,51 +33,72 @@ def in_triton(monkeypatch):
     return ask_for_triton(monkeypatch)
 
 
-def run_block(block, run):
-    """Output, gradients and statistics of a residual block on the contract's masks."""
-    pyramid = sparse.Pyramid(contract_masks().to(DEVICE), 4, "fused")
-    rows = torch.randn(pyramid.neighbours.sites(2), 8, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    rows.requires_grad_()
+def encoder_of(kind, stride):
+    """A residual block of torchvision's between two convolutions, which drops its branch, at a total stride of 8."""
+    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, stride, bias=False), nn.BatchNorm2d(8)) if stride > 1 else None
+    block = kind(8, 8 // kind.expansion, stride, shortcut)
+    for _, norm in residual_ends(block):
+        drop_after(norm, 0.4)
+    network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), block, nn.Conv2d(8, 8, 2 // stride, 2 // stride))
+    return sparsify(randomise(network)).to(DEVICE)
+
+
+def run(encoder):
+    """Outputs, gradients and statistics on the contract's masks."""
+    pyramid = sparse.Pyramid(contract_masks().to(DEVICE), 8, "native")
+    images = torch.randn(6, 3, 24, 32, generator=torch.Generator().manual_seed(2)).to(DEVICE).requires_grad_()
     torch.manual_seed(5)  # stochastic depth draws the same
-    out = run(block, sparse.at_stride(sparse.to_sparse(torch.zeros(6, 1, 12, 16, device=DEVICE), pyramid), 2, rows))
-    out.F.square().mean().backward()
-    gradients = {f"gradient of {name}": x.grad for name, x in block.named_parameters()}
-    return {"output": out.F, "gradient of the input": rows.grad} | gradients | dict(block.named_buffers())
-
-
-def block_of(kind, stride):
-    return randomise(kind(8, 8 // kind.expansion, stride, drop_path=0.4)).to(DEVICE)
+    outputs = [x.F for x in encoder(sparse.to_sparse(images, pyramid))]
+    sum(x.square().mean() for x in outputs).backward()
+    gradients = {f"gradient of {name}": x.grad for name, x in encoder.named_parameters()}
+    results = dict(enumerate(outputs)) | {"gradient of the images": images.grad} | gradients
+    return results | dict(encoder.named_buffers())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 def test_residual_blocks_do_not_depend_on_the_kernels(kind, stride, monkeypatch):
     monkeypatch.setattr(batch_norm, "computes_in_triton", lambda rows: False)
-    expected = run_block(block_of(kind, stride), lambda block, x: block(x))
+    expected = run(encoder_of(kind, stride))
     asked = ask_for_triton(monkeypatch)
-    block = block_of(kind, stride)
-    for name, actual in run_block(block, lambda block, x: block(x)).items():
+    encoder = encoder_of(kind, stride)
+    for name, actual in run(encoder).items():
         assert relative_error(actual.double(), expected[name].double()) < 1e-4, name
-    assert len(asked) == sum(isinstance(module, sparse.BatchNorm) for module in block.modules())
+    assert len(asked) == sum(isinstance(module, sparse.BatchNorm2d) for module in encoder.modules())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_what_follows_a_norm_is_computed_with_it(kind, stride):
+    """Stochastic depth, residual sum and ReLU are no steps of their own: on a GPU all is one operation."""
+    encoder = encoder_of(kind, stride)
+    steps = [step for segment in encoder.segments for step in segment.steps]
+    kinds = [type(encoder.get_submodule(step.layer)) for step in steps if step.layer]
+    norms = [step for step in steps if isinstance(encoder.get_submodule(step.layer), sparse.BatchNorm2d)]
+    assert len(kinds) == len(steps) and set(kinds) == {sparse.Conv2d, sparse.BatchNorm2d}
+    last = norms[-1] if stride == 1 else next(step for step in norms if "drop_path" in step.kwargs)
+    assert "drop_path" in last.kwargs and sum("relu" in step.kwargs for step in norms) == len(norms) - (stride > 1)
+    assert sum("shortcut" in step.kwargs for step in norms) == 1
 
 
 def test_checkpointing_changes_nothing(in_triton):
-    plain = run_block(block_of(BasicBlock, 2), lambda block, x: block(x))
-    again = run_block(block_of(BasicBlock, 2), checkpointed)
-    for name, expected in plain.items():
-        assert torch.equal(again[name], expected), name
+    plain, again = encoder_of(BasicBlock, 2), encoder_of(BasicBlock, 2)
+    again.checkpointing = True
+    results = run(again)
+    for name, expected in run(plain).items():
+        assert torch.equal(results[name], expected), name
 
 
 def test_other_sites_are_refused(in_triton):
     x, other = (sparse.to_sparse(torch.zeros(6, 4, 12, 16), sparse.Pyramid(contract_masks(), 4)) for _ in range(2))
     with pytest.raises(ValueError, match="different sites"):
-        sparse.BatchNorm(4)(x, other)
+        sparse.BatchNorm2d(4)(x, other)
 
 
 def test_synchronised_norms_do_not_take_the_kernels(in_triton, monkeypatch):
-    norm = sparse.convert_sync_batchnorm(nn.Sequential(sparse.BatchNorm(4)))[0].to(DEVICE)
-    monkeypatch.setattr("spark_me.sync_batch_norm.several_processes", lambda: True)
-    monkeypatch.setattr("spark_me.sync_batch_norm.synchronized_batch_norm", lambda rows, norm: rows - 2)
+    norm = sparse.convert_sync_batchnorm(nn.Sequential(sparse.BatchNorm2d(4)))[0].to(DEVICE)
+    monkeypatch.setattr("spark_me.sparse.batch_norm.several_processes", lambda: True)
+    monkeypatch.setattr("spark_me.sparse.batch_norm.synchronized_batch_norm", lambda rows, norm: rows - 2)
     x = sparse.to_sparse(torch.ones(6, 4, 12, 16, device=DEVICE), sparse.Pyramid(contract_masks().to(DEVICE), 4))
     assert torch.equal(norm(x, sparse.with_features(x, 4 * x.F)).F, 3 * x.F)
     assert not norm(x, relu=True).F.any()
@@ -96,7 +118,7 @@ def test_a_whole_encoder_on_a_gpu_equals_float64_on_the_cpu(visible, monkeypatch
     images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
     results = []
     for device, dtype in (("cuda", torch.float32), ("cpu", torch.float64)):
-        model = spark_me.build_model("resnet18", image_size=(96, 128), decoder_width=32, drop_path=0.0, backend="fused")
+        model = spark_me.build_model("resnet18", image_size=(96, 128), decoder_width=32, drop_path=0.0)
         encoder = randomise(model).to(device, dtype).encoder
         features = model.encode(images.to(device, dtype), visible.to(device))
         torch.stack([x.square().mean() + x.mean() for x in features]).sum().backward()
@@ -116,11 +138,11 @@ def test_a_single_site_is_normalised_by_the_running_statistics_and_moves_none(mo
     dtype = torch.float32 if triton else torch.float64
     if triton:
         ask_for_triton(monkeypatch)
-    norm = randomise(sparse.BatchNorm(6)).to(DEVICE, dtype).train()
+    norm = randomise(sparse.BatchNorm2d(6)).to(DEVICE, dtype).train()
     before = {name: tensor.clone() for name, tensor in norm.named_buffers()}
     visible = torch.zeros(1, 2, 2, dtype=torch.bool)
     visible[0, 1, 0] = True
-    pyramid = sparse.Pyramid(visible, 4, "fused")
+    pyramid = sparse.Pyramid(visible, 4, "native")
     rows = torch.randn(1, 6, dtype=dtype).to(DEVICE).requires_grad_()
     x = sparse.at_stride(sparse.to_sparse(torch.zeros(1, 1, 8, 8, device=DEVICE), pyramid), 4, rows)
     out = norm(x, relu=True).F

@@ -170,15 +170,18 @@ def test_the_cpu_runs_kernels_in_the_interpreter_only(monkeypatch):
 
 def layers(device="cpu", channels=6):
     """Name, layer, and the strides of its input."""
-    yield "3×3", sparse.Conv2d(channels, 5, 3, bias=True).to(device), 4
-    yield "3×3 stride 2", sparse.Conv2d(channels, 5, 3, 2).to(device), 2
-    yield "depthwise", sparse.DepthwiseConv2d(channels, 7).to(device), 8
+    yield "3×3", sparse.Conv2d(channels, 5, 3, 1, 1).to(device), 4
+    yield "3×3 stride 2", sparse.Conv2d(channels, 5, 3, 2, 1, bias=False).to(device), 2
+    yield "1×7", sparse.Conv2d(channels, 5, (1, 7), 1, (0, 3), bias=False).to(device), 4
+    yield "even", sparse.Conv2d(channels, 5, 4, 2, 1, bias=False).to(device), 4
+    yield "depthwise", sparse.Conv2d(channels, channels, 7, 1, 3, groups=channels).to(device), 8
+    yield "depthwise 1×5", sparse.Conv2d(channels, channels, (1, 5), 1, (0, 2), 1, channels, False).to(device), 8
     yield "densify", Densify(channels, 5, 3).to(device), 8
 
 
 def run_layer(layer, stride, visible, dtype=None, channels=6, patch=8):
     device = visible.device
-    pyramid = sparse.Pyramid(visible, patch, "fused")
+    pyramid = sparse.Pyramid(visible, patch, "native")
     shape = pyramid.neighbours.sites(stride), channels
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
     x = sparse.SparseTensor(rows, coordinate_map_key=pyramid.key(stride), coordinate_manager=pyramid)

@@ -8,7 +8,7 @@ from kernel_compilation import compile_in_new_process
 from masked_convolutions import assert_near, doubled, random, results
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, square_window
 
 gathered_depthwise = pytest.importorskip("spark_me.sparse.gathered_depthwise", reason="Triton is not installed")
 
@@ -21,12 +21,13 @@ def compare(stride, size, channels, dtype, block, visible=None, patch=8, device=
     neighbours = Neighbours(pyramid.visible.to(device), patch)
     inputs = [
         random(*shape, dtype=dtype, seed=seed, device=device)
-        for seed, shape in enumerate([(neighbours.sites(stride), channels), (size**2, channels), (1, channels)])
+        for seed, shape in enumerate([(neighbours.sites(stride), channels), (size**2, channels), (channels,)])
     ]
-    window = Window(stride, size, 1)
+    window = square_window(stride, size)
     actual = gathered_depthwise.convolution(*inputs, neighbours.inputs_of_outputs(window), block)
     rows, kernel, bias = doubles = doubled(inputs)
-    expected = reference.convolution(rows, kernel[:, None], window, pyramid, groups=channels) + bias
+    weight = reference.torch_weight(kernel[:, None], window.size)
+    expected = reference.convolution(rows, weight, window, pyramid, groups=channels) + bias
     assert_near(results(actual, inputs), results(expected, doubles), dtype)
 
 
@@ -47,8 +48,8 @@ def test_several_parts_of_the_kernel_gradient_repeat_bit_by_bit(monkeypatch):
     monkeypatch.setattr(gathered_depthwise, "MIN_STEPS", 1)
     compare(4, 3, 5, torch.float32, block=32)
     neighbours = Neighbours(contract_masks(), 8)
-    inputs = [random(*shape, dtype=torch.float32, seed=2) for shape in [(neighbours.sites(4), 5), (9, 5), (1, 5)]]
-    table, kept = neighbours.inputs_of_outputs(Window(4, 3, 1)), []
+    inputs = [random(*shape, dtype=torch.float32, seed=2) for shape in [(neighbours.sites(4), 5), (9, 5), (5,)]]
+    table, kept = neighbours.inputs_of_outputs(square_window(4, 3)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         runs = [results(gathered_depthwise.convolution(*inputs, table, 32), inputs) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*runs))
@@ -59,13 +60,14 @@ COMPILATION = """
 import torch
 from kernel_compilation import compiled_kernels
 from spark_me.sparse import gathered_depthwise
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, square_window
 
 neighbours = Neighbours(torch.ones(1, 3, 4, dtype=torch.bool), 8)
-table = neighbours.inputs_of_outputs(Window(4, 7, 1))
+table = neighbours.inputs_of_outputs(square_window(4, 7))
 with compiled_kernels() as kernels:
     for dtype, channels in ((torch.bfloat16, 64), (torch.bfloat16, 96), (torch.float32, 5)):
-        inputs = [torch.randn(n, channels).to(dtype).requires_grad_() for n in (neighbours.sites(4), 49, 1)]
+        shapes = (neighbours.sites(4), channels), (49, channels), (channels,)
+        inputs = [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
         gathered_depthwise.convolution(*inputs, table, 64).sum().backward()
 for kernel in kernels:
     print(kernel.metadata.name)

@@ -11,7 +11,7 @@ from kernel_compilation import compile_in_new_process
 from masked_convolutions import assert_near, doubled, random, results
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, Window, square_window
 
 implicit_gemm = pytest.importorskip("spark_me.sparse.implicit_gemm", reason="Triton is not installed")
 
@@ -23,16 +23,20 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are 
 gpu = pytest.mark.gpu
 
 
+def dense_convolution(rows, kernel, window, pyramid):
+    return reference.convolution(rows, reference.torch_weight(kernel, window.size), window, pyramid)
+
+
 def compare(window, channels, blocks, dtype, visible=None, patch=PATCH, device="cpu"):
     """Outputs and both gradients against dense torch."""
     pyramid = sparse.Pyramid(contract_masks() if visible is None else visible, patch)
     neighbours = Neighbours(pyramid.visible.to(device), patch)
     rows = random(neighbours.sites(window.in_stride), channels[0], dtype=dtype, seed=0, device=device)
-    kernel = random(window.kernel_size**2, *channels, dtype=dtype, seed=1, device=device)
+    kernel = random(window.volume, *channels, dtype=dtype, seed=1, device=device)
     table = neighbours.inputs_of_outputs(window)
     actual = implicit_gemm.convolution(rows, kernel, table, lambda: neighbours.outputs_of_inputs(window), blocks)
     inputs = doubled([rows, kernel])
-    expected = reference.convolution(*inputs, window, pyramid)
+    expected = dense_convolution(*inputs, window, pyramid)
     assert_near(results(actual, [rows, kernel]), results(expected, inputs), dtype)
 
 
@@ -40,16 +44,20 @@ def compare(window, channels, blocks, dtype, visible=None, patch=PATCH, device="
 @pytest.mark.parametrize(
     "window, channels",
     [
-        (Window(8, 3, 1), (5, 7)),
-        (Window(4, 3, 1), (16, 40)),
-        (Window(2, 3, 2), (5, 7)),
-        (Window(4, 3, 2), (33, 16)),
-        (Window(2, 7, 2), (3, 8)),
-        (Window(4, 1, 2), (5, 7)),
-        (Window(4, 2, 2), (16, 17)),
-        (Window(4, 3, 1, 2), (5, 7)),
-        (Window(2, 5, 2, 3), (4, 4)),
-        (Window(8, 7, 1), (1, 1)),
+        (square_window(8, 3, 1), (5, 7)),
+        (square_window(4, 3, 1), (16, 40)),
+        (square_window(2, 3, 2), (5, 7)),
+        (square_window(4, 3, 2), (33, 16)),
+        (square_window(2, 7, 2), (3, 8)),
+        (square_window(4, 1, 2), (5, 7)),
+        (square_window(4, 2, 2), (16, 17)),
+        (square_window(4, 3, 1, 2), (5, 7)),
+        (square_window(2, 5, 2, 3), (4, 4)),
+        (square_window(8, 7, 1), (1, 1)),
+        (Window(4, (1, 7), 1, (1, 1), (0, 3)), (5, 7)),
+        (Window(4, (3, 5), 2, (1, 2), (1, 4)), (4, 4)),
+        (Window(2, (3, 3), 2, (1, 1), (0, 0)), (5, 7)),
+        (Window(4, (4, 4), 2, (1, 1), (1, 1)), (5, 7)),
     ],
 )
 def test_equals_the_dense_convolution_of_the_masked_map(window, channels):
@@ -57,7 +65,7 @@ def test_equals_the_dense_convolution_of_the_masked_map(window, channels):
 
 
 @interpreted
-@pytest.mark.parametrize("window", [Window(4, 3, 1), Window(4, 3, 2)])
+@pytest.mark.parametrize("window", [square_window(4, 3, 1), square_window(4, 3, 2)])
 def test_half_precision_is_near_float64(window):
     """float16 alone: the interpreter's product takes the bits of bfloat16 for integers. On a GPU both are tested."""
     compare(window, (17, 40), WIDE, torch.float16)
@@ -66,15 +74,15 @@ def test_half_precision_is_near_float64(window):
 @interpreted
 def test_several_blocks_along_every_axis(monkeypatch):
     monkeypatch.setattr(implicit_gemm, "MIN_STEPS", 1)  # many parts of the kernel gradient
-    compare(Window(8, 3, 1), (37, 70), SMALL, torch.float32)
+    compare(square_window(8, 3, 1), (37, 70), SMALL, torch.float32)
 
 
 @interpreted
 def test_offsets_without_any_neighbour():
     """One visible patch, one site: eight of nine offsets find nothing."""
     visible = torch.tensor([[[False, True], [False, False]]])
-    compare(Window(8, 3, 1), (3, 4), SMALL, torch.float32, visible)
-    compare(Window(4, 3, 2), (3, 4), SMALL, torch.float32, visible)
+    compare(square_window(8, 3, 1), (3, 4), SMALL, torch.float32, visible)
+    compare(square_window(4, 3, 2), (3, 4), SMALL, torch.float32, visible)
 
 
 def compare_to_map(channels, stride, size, dtype, blocks, pyramid, device="cpu"):
@@ -96,7 +104,7 @@ def test_outputs_at_every_place_of_the_dense_map(stride, size, channels):
 
 @interpreted
 def test_runs_repeat_bit_by_bit_and_keep_rows_and_kernel_only():
-    neighbours, window = Neighbours(contract_masks(), PATCH), Window(4, 3, 1)
+    neighbours, window = Neighbours(contract_masks(), PATCH), square_window(4, 3, 1)
     rows, kernel = (
         random(neighbours.sites(4), 8, dtype=torch.float32, seed=0),
         random(9, 8, 8, dtype=torch.float32, seed=1),
@@ -115,7 +123,7 @@ COMPILATION = """
 import torch
 from kernel_compilation import compiled_kernels
 from spark_me.sparse import implicit_gemm
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, square_window
 
 def compile_all(dtype, pairs):
     for channels in pairs:
@@ -125,7 +133,7 @@ def compile_all(dtype, pairs):
             implicit_gemm.convolution(rows, kernel, table, lambda: back, blocks).sum().backward()
 
 def tables_of(visible, stride):
-    neighbours, window = Neighbours(visible, 8), Window(stride, 3, 8 // stride)
+    neighbours, window = Neighbours(visible, 8), square_window(stride, 3, 8 // stride)
     return neighbours, neighbours.inputs_of_outputs(window), neighbours.outputs_of_inputs(window)
 
 neighbours, table, back = tables_of(torch.ones(1, 3, 4, dtype=torch.bool), 4)
@@ -192,15 +200,15 @@ def random_masks(images, rows, columns):
 @pytest.mark.parametrize(
     "window, channels",
     [
-        (Window(4, 3, 1), (64, 64)),
-        (Window(8, 3, 1), (128, 128)),
-        (Window(16, 3, 1), (256, 256)),
-        (Window(32, 3, 1), (512, 512)),
-        (Window(4, 3, 2), (128, 128)),
-        (Window(16, 3, 2), (512, 512)),
-        (Window(1, 7, 2), (3, 64)),
-        (Window(8, 3, 1, 2), (96, 40)),
-        (Window(8, 3, 1), (5, 7)),
+        (square_window(4, 3, 1), (64, 64)),
+        (square_window(8, 3, 1), (128, 128)),
+        (square_window(16, 3, 1), (256, 256)),
+        (square_window(32, 3, 1), (512, 512)),
+        (square_window(4, 3, 2), (128, 128)),
+        (square_window(16, 3, 2), (512, 512)),
+        (square_window(1, 7, 2), (3, 64)),
+        (square_window(8, 3, 1, 2), (96, 40)),
+        (square_window(8, 3, 1), (5, 7)),
     ],
 )
 def test_on_a_gpu_every_way_to_cut_equals_dense_torch(window, channels, dtype, exact_products):
@@ -221,12 +229,12 @@ def test_on_a_gpu_the_dense_map_equals_dense_torch(dtype, exact_products):
 @gpu
 def test_on_a_gpu_tf32_is_near_float64(exact_products):
     torch.backends.cuda.matmul.allow_tf32 = True
-    window, visible = Window(8, 3, 1), random_masks(16, 7, 7)
+    window, visible = square_window(8, 3, 1), random_masks(16, 7, 7)
     pyramid, neighbours = sparse.Pyramid(visible, 32), Neighbours(visible.cuda(), 32)
     rows = random(neighbours.sites(8), 128, dtype=torch.float32, seed=0, device="cuda")
     kernel = random(9, 128, 128, dtype=torch.float32, seed=1, device="cuda")
     inputs = doubled([rows, kernel])
-    expected = results(reference.convolution(*inputs, window, pyramid), inputs)
+    expected = results(dense_convolution(*inputs, window, pyramid), inputs)
     for blocks in implicit_gemm.block_choices(torch.float32, 128, 128, rows.device).values():
         table = neighbours.inputs_of_outputs(window)
         out = implicit_gemm.convolution(rows, kernel, table, lambda: neighbours.outputs_of_inputs(window), blocks)
@@ -237,7 +245,7 @@ def test_on_a_gpu_tf32_is_near_float64(exact_products):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_runs_repeat_bit_by_bit(dtype, exact_products):
-    window, neighbours = Window(8, 3, 2), Neighbours(random_masks(64, 7, 7).cuda(), 32)
+    window, neighbours = square_window(8, 3, 2), Neighbours(random_masks(64, 7, 7).cuda(), 32)
     rows = random(neighbours.sites(8), 128, dtype=dtype, seed=0, device="cuda")
     kernel = random(9, 128, 256, dtype=dtype, seed=1, device="cuda")
     for blocks in implicit_gemm.block_choices(dtype, 128, 256, rows.device).values():

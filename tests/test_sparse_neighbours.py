@@ -1,52 +1,119 @@
-"""The fused backend's tables against MinkowskiEngine's own kernel maps and a plain loop."""
+"""The native backend's tables against MinkowskiEngine's own kernel maps and a plain loop."""
 
 import pytest
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, Window, square_window
 
 WINDOWS = [
-    Window(*settings)
+    square_window(*settings)
     for settings in [
         (1, 3, 1), (1, 7, 2), (2, 3, 2), (4, 3, 2), (2, 2, 2), (2, 4, 4), (4, 3, 1), (8, 3, 1), (8, 5, 1), (1, 7, 1),
         (1, 3, 1, 2), (2, 5, 2, 3), (4, 2, 2, 2), (8, 7, 1, 2),
     ]
 ]  # fmt: skip
+RECTANGLES = [
+    Window(in_stride, size, stride, dilation, (0, 0)).in_engine
+    for in_stride, size, stride, dilation in [
+        (2, (1, 7), 1, (1, 1)), (4, (7, 1), 1, (1, 1)), (2, (3, 5), 2, (1, 2)), (8, (1, 11), 1, (1, 1)),
+    ]
+]  # fmt: skip
+ELSEWHERE = [
+    square_window(2, 3, 2)._replace(before=(0, 0)),
+    square_window(4, 3, 2, 2)._replace(before=(1, 2)),
+    square_window(2, 4, 2)._replace(before=(1, 1)),
+    square_window(8, 2)._replace(before=(1, 0)),
+    square_window(2, 2, 2)._replace(before=(-1, 1)),
+    Window(2, (3, 5), 2, (1, 1), (0, 4)),
+    Window(8, (1, 3), 1, (1, 4), (0, 8)),
+]
+"""Kernels that start elsewhere than the engine's."""
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+def entries(neighbours, window):
+    """(offset, input row, output row) of the table of sites and of the pairs."""
+    missing = neighbours.sites(window.in_stride)
+    from_table = {
+        (offset, row_in, row_out)
+        for row_out, rows_in in enumerate(neighbours.of_sites(window).tolist())
+        for offset, row_in in enumerate(rows_in)
+        if row_in != missing
+    }
+    from_pairs = {
+        (across * window.size[0] + down, row_in, row_out)
+        for (down, across), rows_in, rows_out in neighbours.pairs(window)
+        for row_in, row_out in zip(rows_in.tolist(), rows_out.tolist())
+    }
+    return from_table, from_pairs
+
+
+def numbered(pyramid, stride):
+    """The row of every site (image, y, x) of a stride."""
+    return {(b, y // stride, x // stride): row for row, (b, y, x) in enumerate(pyramid.coordinates(stride).tolist())}
+
+
+@pytest.mark.parametrize("window", WINDOWS + RECTANGLES)
 def test_tables_equal_the_engines_kernel_maps(window, visible):
     pyramid = sparse.Pyramid(visible, 8)
     kernel_map = pyramid.kernel_map(
         pyramid.key(window.in_stride),
         pyramid.key(window.out_stride),
         stride=window.stride,
-        kernel_size=window.kernel_size,
-        dilation=window.dilation,
+        kernel_size=list(window.size),
+        dilation=list(window.dilation),
     )
     expected = {
         (offset, row_in, row_out)
         for offset, (rows_in, rows_out) in kernel_map.items()
         for row_in, row_out in zip(rows_in.tolist(), rows_out.tolist())
     }
-    table = pyramid.neighbours.of_sites(window)
-    missing = pyramid.neighbours.sites(window.in_stride)
-    from_table = {
-        (offset, row_in, row_out)
-        for row_out, rows_in in enumerate(table.tolist())
-        for offset, row_in in enumerate(rows_in)
-        if row_in != missing
-    }
-    from_pairs = {
-        (offset, row_in, row_out)
-        for offset, rows_in, rows_out in pyramid.neighbours.pairs(window)
-        for row_in, row_out in zip(rows_in.tolist(), rows_out.tolist())
-    }
-    assert from_table == expected
-    assert from_pairs == expected
+    assert entries(pyramid.neighbours, window) == (expected, expected)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", WINDOWS[2:5] + RECTANGLES + ELSEWHERE)
+def test_tables_equal_a_loop_over_sites(window, visible):
+    pyramid = sparse.Pyramid(visible, 8)
+    row_of, expected = numbered(pyramid, window.in_stride), set()
+    for (image, y, x), row_out in numbered(pyramid, window.out_stride).items():
+        for down in range(window.size[0]):
+            for across in range(window.size[1]):
+                place = (
+                    y * window.stride - window.before[0] + down * window.dilation[0],
+                    x * window.stride - window.before[1] + across * window.dilation[1],
+                )
+                if (image, *place) in row_of:
+                    expected.add((across * window.size[0] + down, row_of[(image, *place)], row_out))
+    assert expected and entries(pyramid.neighbours, window) == (expected, expected)
+
+
+@pytest.mark.parametrize("window", [square_window(2, 3, 2), Window(4, (3, 5), 1, (1, 2), (0, 3)), ELSEWHERE[0]])
+def test_mirrored_tables_have_the_maps_sites_in_the_place_of_those_outside(window, visible):
+    pyramid = sparse.Pyramid(visible, 8)
+    _, *lengths = pyramid.extent(window.in_stride)
+    row_of = numbered(pyramid, window.in_stride)
+    table = pyramid.neighbours.mirrored(window).tolist()
+    for (image, *place), row_out in numbered(pyramid, window.out_stride).items():
+        for offset, row_in in enumerate(table[row_out]):
+            axes = []
+            for position, k, length, near, step in zip(
+                place, (offset % window.size[0], offset // window.size[0]), lengths, window.before, window.dilation
+            ):
+                there = position * window.stride - near + k * step
+                axes.append(-there if there < 0 else 2 * length - 2 - there if there >= length else there)
+            assert row_in == row_of.get((image, *axes), len(row_of))
+
+
+def test_outside_of_map_is_beyond_the_border(visible):
+    neighbours, first, length = Neighbours(visible, 8), (-2, -5), (7, 10)
+    outside = neighbours.outside_of_map(2, first, length)
+    for number, (_, row, column) in enumerate(visible.nonzero().tolist()):
+        for down in range(length[0]):
+            for across in range(length[1]):
+                y, x = row * 4 + first[0] + down, column * 4 + first[1] + across
+                assert outside[number, down, across] == (not (0 <= y < 12 and 0 <= x < 16))
+
+
+@pytest.mark.parametrize("window", WINDOWS + RECTANGLES + ELSEWHERE)
 def test_counts_are_the_neighbours_present(window, visible):
     neighbours = Neighbours(visible, 8)
     expected = [[0] for _ in range(neighbours.sites(window.out_stride))]
@@ -58,15 +125,15 @@ def test_counts_are_the_neighbours_present(window, visible):
 
 def test_tiles_hold_each_patch_and_its_halo(visible):
     neighbours = Neighbours(visible, 8)
-    side, first, length = 4, -1, 6
+    side, first, length = 4, (-1, -3), (6, 9)
     row_of = {}
     for image, y, x in [tuple(site) for site in sparse.Pyramid(visible, 8).coordinates(2).tolist()]:
         row_of[image, y // 2, x // 2] = len(row_of)
     tiles = neighbours.of_tiles(2, first, length)
     for number, (image, row, column) in enumerate(visible.nonzero().tolist()):
-        for down in range(length):
-            for across in range(length):
-                site = (image, row * side + first + down, column * side + first + across)
+        for down in range(length[0]):
+            for across in range(length[1]):
+                site = (image, row * side + first[0] + down, column * side + first[1] + across)
                 assert tiles[number, down, across] == row_of.get(site, len(row_of))
 
 
@@ -76,7 +143,7 @@ def test_pairs_to_raster_reach_every_place_beside_a_site(stride, visible):
     _, height, width = pyramid.extent(stride)
     sites = [(image, y // stride, x // stride) for image, y, x in pyramid.coordinates(stride).tolist()]
     expected = {
-        (across * 3 + down, row, (image * height + y - down + 1) * width + x - across + 1)
+        ((down, across), row, (image * height + y - down + 1) * width + x - across + 1)
         for row, (image, y, x) in enumerate(sites)
         for down in range(3)
         for across in range(3)
@@ -92,6 +159,6 @@ def test_pairs_to_raster_reach_every_place_beside_a_site(stride, visible):
 
 def test_tables_are_built_once(visible):
     neighbours = Neighbours(visible, 8)
-    window = Window(4, 3, 1)
+    window = square_window(4, 3)
     assert neighbours.of_sites(window) is neighbours.of_sites(window)
     assert neighbours.pairs(window) is neighbours.pairs(window)

@@ -39,7 +39,7 @@ def per_image(dense, visible, normalise):
     return torch.stack(maps)
 
 
-def compare(layer, normalise, visible, stride, assert_close, backend="fused"):
+def compare(layer, normalise, visible, stride, assert_close, backend="native"):
     """Outputs, input gradients and parameter gradients of `layer` and of `normalise` on each image's rows."""
     ours, theirs = (dense_input(visible, stride) for _ in range(2))
     actual = sparse.to_dense(layer(sparse.to_sparse(ours, sparse.Pyramid(visible, PATCH, backend), stride)))
@@ -63,7 +63,7 @@ def response_norm(rows, gamma, beta):
 @pytest.mark.parametrize("stride", [1, 4, 8])
 def test_global_response_norm_is_per_image(stride, visible, backend, assert_close):
     layer = randomise(sparse.GlobalResponseNorm(6).double())
-    compare(layer, lambda rows: response_norm(rows, layer.gamma, layer.beta), visible, stride, assert_close, backend)
+    compare(layer, lambda rows: response_norm(rows, layer.weight, layer.bias), visible, stride, assert_close, backend)
 
 
 def test_pooling_the_response_over_the_batch_would_be_noticed(visible, assert_close):
@@ -73,7 +73,7 @@ def test_pooling_the_response_over_the_batch_would_be_noticed(visible, assert_cl
     pooled = everything.square().sum(0).sqrt()
 
     def pool_over_batch(rows):
-        return layer.gamma * rows * pooled / (pooled.mean() + 1e-6) + layer.beta + rows
+        return layer.weight * rows * pooled / (pooled.mean() + 1e-6) + layer.bias + rows
 
     with pytest.raises(AssertionError, match="output"):
         compare(layer, pool_over_batch, visible, 4, assert_close)
@@ -83,7 +83,7 @@ def test_global_response_norm_equals_timms_when_all_is_visible(assert_close):
     visible = torch.ones(2, 3, 4, dtype=torch.bool)
     layer = randomise(sparse.GlobalResponseNorm(6).double())
     dense_layer = timm.layers.grn.GlobalResponseNorm(6, channels_last=False).double()
-    dense_layer.load_state_dict({"weight": layer.gamma, "bias": layer.beta})
+    dense_layer.load_state_dict(layer.state_dict())
     x, theirs = dense_input(visible, 4), dense_input(visible, 4)
     with torch.no_grad():
         x[1, 2] = theirs[1, 2] = 0  # a channel that is zero in one image: the gradient of its norm must be finite
@@ -94,8 +94,8 @@ def test_global_response_norm_equals_timms_when_all_is_visible(assert_close):
     actual.backward(upstream)
     expected.backward(upstream)
     assert_close(x.grad, theirs.grad, "input gradient")
-    assert_close(layer.gamma.grad, dense_layer.weight.grad, "gradient of gamma")
-    assert_close(layer.beta.grad, dense_layer.bias.grad, "gradient of beta")
+    assert_close(layer.weight.grad, dense_layer.weight.grad, "gradient of gamma")
+    assert_close(layer.bias.grad, dense_layer.bias.grad, "gradient of beta")
 
 
 def test_global_response_norm_gradcheck(visible):
@@ -131,11 +131,11 @@ def test_global_response_norm_keeps_half_precision_and_computes_statistics_in_fl
 
 
 def test_layer_norm_is_per_site(visible, assert_close):
-    layer = randomise(sparse.LayerNorm(6).double())
+    layer = randomise(sparse.LayerNorm(6, eps=1e-3).double())
 
     def normalise(rows):
         centred = rows - rows.mean(1, keepdim=True)
-        return centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+        return centred / (centred.square().mean(1, keepdim=True) + 1e-3).sqrt() * layer.weight + layer.bias
 
     compare(layer, normalise, visible, 4, assert_close)
 

@@ -33,7 +33,8 @@ def test_engine_keeps_the_canonical_order(visible, stride):
 def test_strided_layers_reuse_the_inserted_sites(visible):
     pyramid = sparse.Pyramid(visible, 8)
     x = sparse.to_sparse(torch.randn(6, 2, 24, 32), pyramid)
-    for layer, stride in [(sparse.Conv2d(2, 2, 3, 2), 2), (sparse.MaxPool2d(3, 2), 4), (sparse.Conv2d(2, 2, 1, 2), 8)]:
+    layers = sparse.Conv2d(2, 2, 3, 2, 1), sparse.MaxPool2d(3, 2, 1), sparse.Conv2d(2, 2, 1, 2)
+    for layer, stride in zip(layers, (2, 4, 8)):
         x = layer(x)
         assert x.coordinate_map_key == pyramid.key(stride)
         assert x.C.tolist() == canonical_sites(visible, 8, stride)
@@ -94,7 +95,7 @@ def test_with_features_keeps_the_sites(visible):
 
 
 def test_unknown_backend_names_the_known_ones(visible):
-    with pytest.raises(ValueError, match="choose one of fused, minkowski"):
+    with pytest.raises(ValueError, match="choose one of native, minkowski"):
         sparse.Pyramid(visible, 8, backend="magic")
 
 
@@ -121,11 +122,16 @@ class Counted(sparse.Pyramid):
         return super().insert_and_map(*arguments)
 
 
-def test_the_fused_backend_asks_the_engine_for_nothing(visible):
-    pyramid = Counted(visible, 8, "fused")
+def test_the_native_backend_asks_the_engine_for_nothing(visible):
+    pyramid = Counted(visible, 8, "native")
     dense = torch.randn(6, 2, 24, 32, requires_grad=True)
     x = sparse.to_sparse(dense, pyramid)
-    for layer in (sparse.Conv2d(2, 2, 3, 2), sparse.MaxPool2d(3, 2), sparse.Conv2d(2, 2, 3), sparse.BatchNorm(2)):
+    for layer in (
+        sparse.Conv2d(2, 2, 3, 2, 1),
+        sparse.MaxPool2d(3, 2, 1),
+        sparse.Conv2d(2, 2, 3, 1, 1),
+        sparse.BatchNorm2d(2),
+    ):
         x = layer(x)
     sparse.to_dense(x).sum().backward()
     assert pyramid.inserted == 0
@@ -133,10 +139,10 @@ def test_the_fused_backend_asks_the_engine_for_nothing(visible):
     assert pyramid.inserted == len(pyramid.strides)
 
 
-def test_the_fused_backend_runs_without_an_engine_for_its_device(visible):
+def test_the_native_backend_runs_without_an_engine_for_its_device(visible):
     """The installed one may be built for the CPU: it is made when something asks for it."""
-    pyramid = sparse.Pyramid(visible, 8, "fused")
-    sparse.Conv2d(2, 2, 3)(sparse.to_sparse(torch.randn(6, 2, 24, 32), pyramid))
+    pyramid = sparse.Pyramid(visible, 8, "native")
+    sparse.Conv2d(2, 2, 3, 1, 1)(sparse.to_sparse(torch.randn(6, 2, 24, 32), pyramid))
     assert pyramid._engine_manager is None
 
 
@@ -166,12 +172,12 @@ def test_what_the_engine_cannot_compute_is_refused(current, stream, built, monke
     ],
 )  # fmt: skip
 def test_whatever_asks_the_engine_first_finds_all_sites(ask, visible):
-    pyramid = Counted(visible, 8, "fused")
+    pyramid = Counted(visible, 8, "native")
     assert ask(pyramid)
     assert pyramid.inserted == len(pyramid.strides)
 
 
-def test_the_engines_own_layers_work_on_tensors_of_the_fused_backend(visible, assert_close):
+def test_the_engines_own_layers_work_on_tensors_of_the_native_backend(visible, assert_close):
     """Convolution, its transpose back, and pooling, none of them ours, forward and backward."""
     stock = torch.nn.Sequential(
         ME.MinkowskiConvolution(2, 3, kernel_size=3, stride=2, dimension=2),
@@ -199,11 +205,11 @@ def test_an_engine_that_reorders_is_refused(visible):
 
     x = sparse.to_sparse(torch.randn(6, 2, 24, 32), Reordering(visible, 8))
     with pytest.raises(EngineError, match="reordered the sites of stride 1"):
-        sparse.Conv2d(2, 2, 3)(x)
+        sparse.Conv2d(2, 2, 3, 1, 1)(x)
 
 
 def test_features_may_be_elsewhere_than_the_mask(visible):
-    pyramid = sparse.Pyramid(visible, 8, "fused", device="meta")
+    pyramid = sparse.Pyramid(visible, 8, "native", device="meta")
     x = sparse.to_sparse(torch.empty(6, 3, 24, 32, device="meta"), pyramid)
     assert x.F.shape == (len(canonical_sites(visible, 8, 1)), 3) and x.F.device.type == "meta"
     assert sparse.to_dense(x).shape == (6, 3, 24, 32)

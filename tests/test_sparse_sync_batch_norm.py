@@ -5,6 +5,7 @@ from conftest import randomise
 from torch import distributed, multiprocessing, nn
 
 from spark_me import sparse
+from spark_me.sync_batch_norm import SyncBatchNorm2d
 
 MASKS = torch.tensor([[[True, True], [True, False]], [[False, True], [False, False]]])
 
@@ -14,8 +15,8 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv = sparse.Conv2d(2, 3, 3)
-        self.norm = sparse.BatchNorm(3)
+        self.conv = sparse.Conv2d(2, 3, 3, 1, 1, bias=False)
+        self.norm = sparse.BatchNorm2d(3)
         self.dense_norm = nn.BatchNorm2d(3)
 
     def forward(self, images, visible):
@@ -59,7 +60,11 @@ def test_two_processes_equal_one(tmp_path, assert_close):
 
 def test_conversion_keeps_parameters_statistics_and_mode(assert_close):
     model = build().eval()
+    parameters = list(model.parameters())
     converted = sparse.convert_sync_batchnorm(model)
-    assert type(converted.norm) is sparse.SyncBatchNorm and not converted.norm.training
+    assert converted is model and type(converted.norm) is sparse.BatchNorm2d and converted.norm.synchronised
+    assert type(converted.dense_norm) is SyncBatchNorm2d
+    assert not converted.norm.training and not converted.dense_norm.training
+    assert all(one is other for one, other in zip(converted.parameters(), parameters, strict=True))
     assert converted.state_dict().keys() == build().state_dict().keys()
     assert_close(converted(images(), MASKS), build().eval()(images(), MASKS))

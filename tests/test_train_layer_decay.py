@@ -1,13 +1,15 @@
 """Groups of layers against tables written by hand from the published grouping."""
 
+import math
+
 import pytest
 from torch import nn
 
-from spark_me.train.drop_path import BLOCKS, set_drop_path
+from spark_me.dense import build_network
 from spark_me.train.layer_decay import LayerDecay
 from spark_me.train.optim import parameter_groups
-from spark_me.weights.models import build_network
 
+BLOCKS = ("BasicBlock", "Bottleneck", "CNBlock", "ConvNeXtBlock")
 # Of some parameters, the exponent of the decay: how many groups they are away from the classifier.
 RESNET50 = {
     "conv1.weight": 7,
@@ -70,16 +72,20 @@ TABLES = {
 
 @pytest.mark.parametrize("encoder", TABLES)
 def test_shares_of_the_learning_rate(encoder: str) -> None:
-    decay = LayerDecay(encoder, 0.7)
+    decay = LayerDecay(build_network(encoder, 10), 0.7)
     for name, exponent in TABLES[encoder].items():
         assert decay.scale(name) == pytest.approx(0.7**exponent, rel=1e-12), name
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "convnext_small", "convnextv2_tiny", "convnextv2_atto"])
+@pytest.mark.parametrize(
+    "encoder",
+    ["resnet18", "resnet50", "convnext_small", "convnextv2_tiny", "convnextv2_atto", "densenet121", "timm/regnety_002"],
+)
 def test_every_parameter_is_in_one_group_and_deeper_ones_learn_faster(encoder: str) -> None:
     network = build_network(encoder, 10)
-    decay = LayerDecay(encoder, 0.8)
-    groups = [decay.group(name) for name, _ in network.named_parameters()]
+    decay = LayerDecay(network, 0.8)
+    shares = {name: decay.scale(name) for name, _ in network.named_parameters()}
+    groups = [decay.last - round(math.log(share, 0.8)) for share in shares.values()]
     assert sorted(groups) == groups  # parameters come in the order of the layers
     assert set(groups) == set(range(decay.last + 1)) - ({5} if encoder == "convnextv2_atto" else set())
     listed = parameter_groups(network, decay.scale)
@@ -95,13 +101,22 @@ def test_every_parameter_is_in_one_group_and_deeper_ones_learn_faster(encoder: s
             assert (names[id(parameter)] in matrices) == group["decayed"], names[id(parameter)]
 
 
+def test_other_networks_are_grouped_by_stage_and_block() -> None:
+    """VGG-16 has no blocks of its own: three convolutions each, by stages that begin at strides 4, 8, …"""
+    decay = LayerDecay(build_network("vgg16_bn", 10), 0.5)
+    convolutions = [f"features.{place}.weight" for place in (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)]
+    groups = [decay.last - round(math.log(decay.scale(name), 0.5)) for name in convolutions]
+    assert groups == [0, 0, 0, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert decay.scale("classifier.6.weight") == 1
+
+
 @pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "convnext_tiny", "convnextv2_atto"])
 def test_dropped_branches_leave_the_shortcut(encoder: str) -> None:
     import torch
 
-    network = build_network(encoder, 4).train()
-    set_drop_path(network, 1.0 - 1e-7)  # the last block is as good as always dropped, the first never
-    blocks = [module for module in network.modules() if isinstance(module, BLOCKS)]
+    # the last block is as good as always dropped, the first never
+    network = build_network(encoder, 4, drop_path=1.0 - 1e-7).train()
+    blocks = [module for module in network.modules() if type(module).__name__ in BLOCKS]
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     blocks[-1].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     torch.manual_seed(0)
@@ -119,12 +134,10 @@ def test_dropped_branches_leave_the_shortcut(encoder: str) -> None:
 def test_probability_grows_linearly_over_the_blocks() -> None:
     import torch
 
-    network = build_network("convnext_tiny", 4)
-    set_drop_path(network, 0.34)
-    rates = [module.stochastic_depth.p for module in network.modules() if isinstance(module, BLOCKS)]
+    network = build_network("convnext_tiny", 4, drop_path=0.34)
+    rates = [module.stochastic_depth.p for module in network.modules() if type(module).__name__ in BLOCKS]
     assert rates == pytest.approx([0.02 * block for block in range(18)], abs=1e-6)
-    resnet = build_network("resnet50", 4).train()
-    set_drop_path(resnet, 0.3)
+    resnet = build_network("resnet50", 4, drop_path=0.3).train()
     # A branch that is kept is scaled by 1 / (1 − p): its mean over many images stays.
     torch.manual_seed(0)
     norm = resnet.layer4[2].bn3

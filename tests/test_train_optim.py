@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spark_me import build_model, sparse
+from spark_me import build_model
 from spark_me.config_schema import LambConfig, OptimConfig
 from spark_me.train.optim import build_optimizer, parameter_groups
 
@@ -24,7 +24,7 @@ def test_no_decay_on_norms_biases_and_mask_tokens() -> None:
     # Everything else that is free is a bias or a norm's.
     others = {name for name in free_names if not name.endswith("bias") and "mask_token" not in name}
     assert all("norm" in name or "bn" in name or "downsample.1" in name for name in others)
-    assert "encoder.conv1.kernel" in decayed_names
+    assert "encoder.conv1.weight" in decayed_names
 
 
 @pytest.mark.parametrize("encoder", ["convnext_tiny", "convnextv2_atto"])
@@ -34,7 +34,7 @@ def test_convnexts_decay_matrices_and_kernels_alone(encoder: str) -> None:
     expected = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, sparse.Conv2d | sparse.DepthwiseConv2d | nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
         for name, parameter in module.named_parameters()
         if name in ("kernel", "weight")
     }

@@ -40,7 +40,7 @@ def make_config(tmp_path: Path, images: Path) -> MakeConfig:
     path = tmp_path / "tiny.yaml"
     path.write_text(
         f"""
-model: {{encoder: {SMALL}, backend: fused, image_size: [64, 64], decoder_width: 32}}
+model: {{encoder: {SMALL}, backend: native, image_size: [64, 64], decoder_width: 32}}
 data: {{root: {images}, held_out: 1, workers: 0}}
 optim: {{name: adamw, base_lr: 0.1, warmup_epochs: 0}}
 train: {{epochs: 2, batch_size: 4}}

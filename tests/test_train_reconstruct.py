@@ -25,7 +25,7 @@ from spark_me.train.pretrain import pretrain
 from spark_me.train.reconstruct import draw_reconstruction, load_images, model_of, read_subjects
 
 CONFIG = Config(
-    model=ModelConfig(encoder="resnet18", backend="fused", image_size=[64, 96], decoder_width=32),
+    model=ModelConfig(encoder="resnet18", backend="native", image_size=[64, 96], decoder_width=32),
     data=DataConfig(root="images"),
 )
 
@@ -117,7 +117,7 @@ def test_picture_against_the_files_themselves(
         arrays.append((array.astype(np.float64) - mean) / std)
         holes.append(hole)
     model_config = ModelConfig(
-        encoder="resnet18", backend="fused", image_size=[height, width], decoder_width=32, in_channels=channels
+        encoder="resnet18", backend="native", image_size=[height, width], decoder_width=32, in_channels=channels
     )
     config = Config(model=model_config, data=DataConfig(root="images", mean=mean, std=std, nodata=nodata))
     model = randomise(model_of(config))

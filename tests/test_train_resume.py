@@ -16,7 +16,7 @@ from spark_me.train.logging import RunLog
 
 # 6 steps an epoch, a checkpoint after every third: step 5 lies within an epoch, and so does its last checkpoint.
 CONFIG = """
-model: {{encoder: small, backend: fused, image_size: [64, 64], decoder_width: 32, drop_path: 0.3}}
+model: {{encoder: small, backend: native, image_size: [64, 64], decoder_width: 32, drop_path: 0.3}}
 data: {{root: {images}, held_out: 2, workers: 1}}
 optim: {{name: lamb, base_lr: 0.5, warmup_epochs: 1}}
 train: {{epochs: 2, batch_size: 2}}

@@ -1,7 +1,4 @@
-"""Encoders of one's own, as the README shows them: registered, trained from the command line, and dense again."""
-
-import re
-from pathlib import Path
+"""Weights of networks of one's own, registered by a name: their own names and shapes, everywhere."""
 
 import pytest
 import torch
@@ -9,26 +6,16 @@ from conftest import randomise
 from torch import nn
 
 import spark_me
-from spark_me import cli
-from spark_me.encoders.registry import ENCODERS, build_encoder, patch_size_of
+from spark_me import cli, networks
+from spark_me.dense import build_network
+from spark_me.weights.files import read_card
 from spark_me.weights.strict import WeightsError
 
-README = Path(__file__).parents[1] / "README.md"
 
+class TinyNet(nn.Module):
+    """As a reader would write it."""
 
-@pytest.fixture
-def tinynet():
-    """The README's code, as it stands there."""
-    code = re.search(r"```python\n(# tinynet.py\n.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    exec(code.group(1), {"__name__": "tinynet"})
-    yield
-    del ENCODERS["tinynet"]
-
-
-class DenseTinyNet(nn.Module):
-    """What a reader would write for it in torch alone."""
-
-    def __init__(self):
+    def __init__(self, in_channels: int = 3, num_classes: int | None = None) -> None:
         super().__init__()
         self.stages = nn.ModuleList(
             nn.Sequential(
@@ -38,22 +25,32 @@ class DenseTinyNet(nn.Module):
                 nn.Conv2d(outputs, outputs, 3, padding=1, groups=4),
                 nn.SiLU(),
             )
-            for inputs, outputs, step in [(3, 32, 4), (32, 64, 2), (64, 128, 2)]
+            for inputs, outputs, step in [(in_channels, 32, 4), (32, 64, 2), (64, 128, 2)]
         )
+        self.classifier = nn.Linear(128, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x):
-        return [x := stage(x) for stage in self.stages]
+        for stage in self.stages:
+            x = stage(x)
+        return self.classifier(x.mean((2, 3)))
 
 
-def test_weights_come_back_as_a_dense_networks(tinynet, backend, assert_close):
+@pytest.fixture(autouse=True)
+def tinynet(monkeypatch):
+    monkeypatch.setitem(networks._OWN, "tinynet", TinyNet)
+
+
+def test_weights_come_back_as_a_dense_networks(backend, assert_close):
     model = randomise(
         spark_me.build_model("tinynet", image_size=(32, 48), decoder_width=32, backend=backend).double()
     ).eval()
-    dense = DenseTinyNet().double()
+    dense = TinyNet().double()
     dense.load_state_dict(spark_me.export_weights(model, layout="dense"))
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    for actual, expected in zip(model.encode(images), dense(images), strict=True):
-        assert_close(actual, expected)
+    x = images
+    for stage, actual in zip(dense.stages, model.encode(images), strict=True):
+        x = stage(x)
+        assert_close(actual, x)
 
 
 def test_dense_layout_of_a_built_in_encoder_is_torchvisions():
@@ -64,45 +61,55 @@ def test_dense_layout_of_a_built_in_encoder_is_torchvisions():
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_own_weights_load_strictly(tinynet, tmp_path):
+def test_own_weights_load_strictly(tmp_path):
     model, other = (randomise(spark_me.build_model("tinynet", image_size=(32, 32), decoder_width=16)) for _ in range(2))
     path = tmp_path / "own.pt"
     torch.save({"model": model.state_dict()}, path)
-    assert spark_me.load_weights(other, path).encoder == "TinyNet"
+    loaded = spark_me.load_weights(other, path)
+    assert loaded == ("tinynet", "spark_me", ())
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
     state = model.state_dict()
-    state["encoder.stages.0.0.weight"] = state.pop("encoder.stages.0.0.kernel")
+    state["encoder.stages.0.0.kernel"] = state.pop("encoder.stages.0.0.weight")
+    with pytest.raises(spark_me.UserError, match="written by an earlier spark_me .*encoder.stages.0.0.kernel"):
+        spark_me.load_weights(other, state)
+    state["encoder.stages.0.0.weights"] = state.pop("encoder.stages.0.0.kernel")
     with pytest.raises(
-        WeightsError, match=r"missing: encoder.stages.0.0.kernel.*unexpected: encoder.stages.0.0.weight"
+        WeightsError, match="1 missing: encoder.stages.0.0.weight; 1 unexpected: encoder.stages.0.0.weights"
     ):
         spark_me.load_weights(other, state)
 
 
-def test_weights_of_a_run_are_dense_again(tinynet, tmp_path, one_thread):
-    """What tests/test_readme.py types; here with what becomes of its checkpoint."""
-    command = f"""pretrain {README.parent}/configs/demo/pretrain.yaml model.encoder=tinynet run.dir={tmp_path / "run"}
-        model.image_size=[48,32] model.decoder_width=16 train.epochs=1 train.batch_size=2 data.repeats=1
-        data.workers=0 optim.warmup_epochs=0"""
-    assert cli.main(command.split()) == 0
-    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir())
-    model = spark_me.build_model("tinynet", image_size=(48, 32), decoder_width=16)
-    assert spark_me.load_weights(model, checkpoint).encoder == "TinyNet"
-    DenseTinyNet().load_state_dict(spark_me.export_weights(model, layout="dense"))
+def test_classifiers_come_and_go(tmp_path, caplog):
+    network = randomise(build_network("tinynet", num_classes=7))
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    model = spark_me.build_model("tinynet", image_size=(32, 32), decoder_width=16)
+    assert "classifier head left out: the model has none" in spark_me.load_weights(model, tmp_path / "x.pth").notes
+    other = build_network("tinynet", num_classes=7)
+    notes = spark_me.load_weights(other, model.state_dict()).notes
+    assert "has no classifier head: the model keeps its own" in notes
+    assert spark_me.load_weights(other, tmp_path / "x.pth").notes == ()
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), network.state_dict().values()))
+    with pytest.raises(WeightsError, match="a classifier of 7 classes instead of 5"):
+        spark_me.load_weights(build_network("tinynet", num_classes=5), tmp_path / "x.pth")
 
 
-def test_registry_knows_the_total_strides():
-    assert all(patch_size_of(name) == build_encoder(name).total_stride for name in ("resnet18", "convnextv2_atto"))
-
-
-def test_names_and_scales_are_checked(tinynet):
-    with pytest.raises(spark_me.UserError, match="'resnet50' exists already"):
-        spark_me.register_encoder("resnet50", lambda *_: None, total_stride=32)
-
-    class Odd(spark_me.SparseEncoder):
-        strides, channels, total_stride = (4, 16), (8, 8), 16
-
-    spark_me.register_encoder("odd", lambda *_: Odd(), total_stride=16)
-    with pytest.raises(spark_me.UserError, match="Odd: strides .* each be half of the next"):
-        spark_me.build_model("odd", image_size=(32, 32), decoder_width=16)
-    del ENCODERS["odd"]
+@pytest.mark.parametrize("channels", [1, 3])
+def test_files_say_whose_they_are(tmp_path, capsys, channels):
+    """By configuration or model card, where nobody registered the network under which its names would be found."""
+    model = spark_me.build_model("timm/regnety_002", in_channels=channels, decoder_width=32)
+    config = f"model: {{encoder: timm/regnety_002, in_channels: {channels}}}"
+    torch.save({"format": "spark_me.pretrain", "model": model.state_dict(), "config": config}, tmp_path / "x.pt")
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    steps = [("x.pt", "a.safetensors", "timm"), ("a.safetensors", "b.pth", "spark_me"), ("b.pth", "c.pth", "dense")]
+    for source, target, layout in steps:
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / target), "--to", layout]) == 0
+        assert f"timm/regnety_002 from {'timm' if source == 'a.safetensors' else 'spark_me'}" in capsys.readouterr().out
+        assert read_card(tmp_path / target)["encoder"] == "timm/regnety_002"
+    final = torch.load(tmp_path / "c.pth")
+    assert final.keys() == model.encoder.state_dict().keys()
+    assert all(torch.equal(final[name], tensor) for name, tensor in model.encoder.state_dict().items())
+    command = ["convert", str(tmp_path / "plain.pth"), str(tmp_path / "d.pth"), "--to", "timm"]
+    assert cli.main(command) == 2
+    assert "follow no known layout" in capsys.readouterr().err
+    assert cli.main([*command, "--encoder", "timm/regnety_002"]) == 0

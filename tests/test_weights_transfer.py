@@ -20,7 +20,7 @@ from published_models import MmpretrainSparK, OfficialSparK, reconstruct
 from torch import nn
 
 import spark_me
-from spark_me.masked_dense import MaskedDenseSparK
+from spark_me.networks import dense_network
 from spark_me.weights.strict import WeightsError
 
 # Encoder files were published for four of them; the two small ones are random torchvision networks.
@@ -66,7 +66,7 @@ def images_of(*shape, seed=0):
 def test_encoder_equals_torchvision_and_timm_at_all_scales(name, assert_close):
     file = ENCODER_FILES.get(name)
     state = random_checkpoint(file) if file else random_network(name).state_dict()
-    model = spark_me.build_model(name, image_size=(64, 64), decoder_width=32, backend="fused")
+    model = spark_me.build_model(name, image_size=(64, 64), decoder_width=32, backend="native")
     loaded = spark_me.load_weights(model, {"module": state})
     assert loaded.encoder == name and "has no decoder" in " ".join(loaded.notes)
 
@@ -86,37 +86,11 @@ def test_encoder_equals_torchvision_and_timm_at_all_scales(name, assert_close):
             assert_close(actual, map_, f"scale {scale}")
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_one_training_step_changes_torchvisions_weights_as_masked_dense_training(name, assert_close):
-    network = random_network(name).double()
-    model = spark_me.build_model(name, image_size=(64, 96), decoder_width=32, drop_path=0.0).double()
-    spark_me.load_weights(model, network.state_dict())
-    oracle = MaskedDenseSparK(name, decoder_width=32).double()
-    state = {f"encoder.{key}": value for key, value in network.state_dict().items() if not key.startswith("fc.")}
-    state |= {key: value for key, value in model.state_dict().items() if not key.startswith("encoder.")}
-    oracle.load_state_dict(state)
-
-    images = images_of(len(VISIBLE), 3, 64, 96)
-    for trained in (model, oracle):
-        optimizer = torch.optim.SGD(trained.parameters(), lr=1.0)  # rounding of weights near 1 hides smaller changes
-        trained.train()
-        trained(images, VISIBLE).backward()
-        optimizer.step()
-    before = network.state_dict()
-    expected = oracle.encoder.state_dict()
-    exported = spark_me.export_weights(model)
-    assert exported.keys() == expected.keys()
-    for key, tensor in exported.items():
-        assert not torch.equal(tensor, before[key]), key
-        if tensor.is_floating_point():
-            assert_close(tensor - before[key], expected[key] - before[key], key)
-
-
 @pytest.mark.parametrize("path", [path for path in WHOLE_MODELS if is_resnet(path)], ids=lambda path: path.stem)
 def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close):
     state = random_checkpoint(path)
     name, official = encoder_of(path), path.name.startswith("official")
-    model = spark_me.build_model(name, image_size=(64, 96), decoder_width=768 if official else 512, backend="fused")
+    model = spark_me.build_model(name, image_size=(64, 96), decoder_width=768 if official else 512, backend="native")
     loaded = spark_me.load_weights(model, {"module": state, "epoch": 3} if official else {"state_dict": state})
     assert loaded.notes == () and loaded.encoder == name
     published = (OfficialSparK if official else MmpretrainSparK)(name, 768 if official else 512)
@@ -133,7 +107,7 @@ def test_classifier_files_fill_sparse_and_dense_networks(assert_close):
     state = random_checkpoint(path)
     plain = {key.removeprefix("backbone.").removeprefix("head."): tensor for key, tensor in state.items()}
     network = network_of("resnet50", plain).double()
-    model = spark_me.build_model("resnet50", image_size=(64, 64), decoder_width=32, backend="fused")
+    model = spark_me.build_model("resnet50", image_size=(64, 64), decoder_width=32, backend="native")
     assert any("classifier head left out" in note for note in spark_me.load_weights(model, state).notes)
     dense = spark_me.get_model("resnet50_spark-pre_300e_in1k")
     assert spark_me.load_weights(dense, {"state_dict": state, "meta": {}}).notes == ()
@@ -193,7 +167,11 @@ def test_bare_sparse_encoders_load_too():
     "source, target, problem",
     [
         ({"encoder": "resnet34"}, {}, "the file holds a resnet34, the model is a resnet18"),
-        ({"in_channels": 1}, {}, r"encoder.conv1.weight is 64×1×7×7, needed is 64×3×7×7.*image channels .in_channels"),
+        (
+            {"in_channels": 1},
+            {},
+            r"encoder.conv1.weight is 64×1×7×7, needed is 64×3×7×7.*channels .in_channels=1 would",
+        ),
         ({"decoder_width": 64}, {}, r"decoder.* needed is .*likely cause: another decoder width .decoder_width"),
     ],
 )
@@ -210,3 +188,66 @@ def test_models_of_another_shape_are_refused_and_stay_as_they_are(source, target
 def test_models_of_no_known_layout_are_refused():
     with pytest.raises(spark_me.UserError, match="the model: its tensors follow no known layout"):
         spark_me.export_weights(nn.Linear(2, 2))
+
+
+class Own(nn.Module):
+    """A convnet that nobody registered."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 2, 2))
+        self.end = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.end(self.body(x).mean((2, 3)))
+
+
+OWN = {"own": Own, "timm": lambda: dense_network("timm/regnety_002"), "wide": lambda: dense_network("wide_resnet50_2")}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_networks_of_no_known_name_load_and_leave_by_their_own_names(kind):
+    network = OWN[kind]()
+    network.load_state_dict(random_like(network.state_dict()))
+    model = spark_me.build_model(OWN[kind](), image_size=(32, 64), decoder_width=32)
+    loaded = spark_me.load_weights(model, network.state_dict())
+    assert loaded.encoder == getattr(network, "encoder_name", type(network).__name__)
+    assert loaded.layout in ("dense", "torchvision", "timm")
+    assert loaded.notes == (
+        "has no decoder with mask tokens: the model keeps its own",
+        "classifier head left out: the model has none",
+    )
+    exported = spark_me.export_weights(model, "dense")
+    assert_bitwise(exported, {key: tensor for key, tensor in network.state_dict().items() if key in exported})
+    assert len(exported) == len(network.state_dict()) - 2
+    whole = spark_me.export_weights(model, "spark_me")
+    assert whole.keys() == model.state_dict().keys()
+    other = OWN[kind]()
+    notes = spark_me.load_weights(other, whole).notes
+    assert notes == (
+        "has no classifier head: the model keeps its own",
+        "decoder with mask tokens left out: the model has none",
+    )
+    encoder = spark_me.sparsify(OWN[kind]())
+    spark_me.load_weights(encoder, other.state_dict())
+    assert_bitwise(dict(encoder.state_dict()), {key: exported[key] for key in encoder.state_dict()})
+    if kind == "wide":
+        assert "backbone.layer1.0.conv1.weight" in spark_me.export_weights(model, "mmpretrain")
+    else:
+        with pytest.raises(spark_me.UserError, match="'torchvision' has no .*: choose one of dense, spark_me"):
+            spark_me.export_weights(model)
+    missing = next(iter(exported))
+    with pytest.raises(WeightsError, match=f"1 missing: {missing}"):
+        spark_me.load_weights(model, {key: tensor for key, tensor in exported.items() if key != missing})
+
+
+def test_wrapped_models_load_and_export():
+    """As of DistributedDataParallel and torch.compile."""
+    model = spark_me.build_model("resnet18", decoder_width=32)
+    wrapped = nn.Module()
+    wrapped.module = nn.Module()
+    wrapped.module._orig_mod = model
+    network = random_network("resnet18")
+    assert spark_me.load_weights(wrapped, network.state_dict()).encoder == "resnet18"
+    exported = spark_me.export_weights(wrapped)
+    assert_bitwise(exported, {key: network.state_dict()[key] for key in exported})

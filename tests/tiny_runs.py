@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.ops import StochasticDepth
 
-from spark_me import SparseEncoder, register_encoder, sparse
-from spark_me.sparse import SparseTensor
+from spark_me import register_encoder
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.metrics import read_metrics
 
 CONFIG = """
-model: {{encoder: {encoder}, backend: fused, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
+model: {{encoder: {encoder}, backend: native, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
 data: {{root: {images}, held_out: 2, workers: {workers}}}
 optim: {{name: adamw, base_lr: 0.05, warmup_epochs: 0}}
 train: {{epochs: {epochs}, batch_size: {batch_size}}}
@@ -25,25 +26,24 @@ SMALL = "small"
 """For runs that are not about their encoder: a step takes milliseconds, and a checkpoint is written in as many."""
 
 
-class SmallEncoder(SparseEncoder):
-    """Two strided convolutions and a residual branch, with all that decides whether two runs are alike."""
+class SmallNetwork(nn.Module):
+    """Three strided convolutions and a residual branch, with all that decides whether two runs are alike."""
 
-    strides, channels, total_stride = (2, 4), (8, 8), 4
-
-    def __init__(self, in_channels: int, drop_path: float) -> None:
+    def __init__(self, in_channels: int = 3, drop_path: float = 0.0) -> None:
         super().__init__()
-        self.conv1, self.bn1 = sparse.Conv2d(in_channels, 8, 3, stride=2), sparse.BatchNorm(8)
-        self.conv2, self.bn2 = sparse.Conv2d(8, 8, 3, stride=2), sparse.BatchNorm(8)
-        self.conv3, self.bn3 = sparse.Conv2d(8, 8, 3), sparse.BatchNorm(8)
-        self.drop_path = sparse.DropPath(drop_path)
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        self.conv4, self.bn4 = nn.Conv2d(8, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
-    def forward(self, x: SparseTensor) -> list[SparseTensor]:
-        first = self.bn1(self.conv1(x), relu=True)
-        second = self.bn2(self.conv2(first), relu=True)
-        return [first, self.bn3(self.conv3(second), second, self.drop_path, relu=True)]
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.bn2(self.conv2(self.bn1(self.conv1(images)).relu())).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        return (self.drop_path(self.bn4(self.conv4(x))) + x).relu()
 
 
-register_encoder(SMALL, SmallEncoder, total_stride=4)
+register_encoder(SMALL, SmallNetwork)
 
 
 def write_images(folder: Path, number: int = 10) -> Path:

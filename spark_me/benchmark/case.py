@@ -11,8 +11,8 @@ from torch import Tensor
 from spark_me import masking
 from spark_me.decoder import Decoder
 from spark_me.devices import float32_products
-from spark_me.encoders import patch_size_of
 from spark_me.errors import UserError
+from spark_me.networks import patch_size_of
 
 SCOPES = ("encoder", "step")
 """The encoder alone; the whole pretraining step with densify, decoder and loss."""

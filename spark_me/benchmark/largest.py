@@ -9,7 +9,6 @@ import torch
 from spark_me.benchmark.case import Case
 from spark_me.benchmark.timing import Advance
 from spark_me.benchmark.trial import first_line, is_out_of_memory, release_memory
-from spark_me.benchmark.twins import check_twin
 from spark_me.benchmark.workloads import Variant, Workload, variants_of
 from spark_me.errors import EngineError, UserError
 from spark_me.machine import Machine, describe_machine
@@ -63,8 +62,6 @@ def find_largest_batches(
     if case.device != "cuda":
         raise UserError("--largest-batch asks how much fits into a GPU: add --device cuda")
     variants = [variant for variant in variants_of(backends) if variant.memory_format != "contiguous"]
-    if any(variant.memory_format for variant in variants):
-        check_twin(case.encoder)
     largest = [_largest_of(case, scope, variant, advance) for variant in variants]
     with case.computing():
         machine = describe_machine(case.device)

@@ -8,7 +8,6 @@ from spark_me.benchmark.results import Report, ScopeResult, compare
 from spark_me.benchmark.tables import time_tables
 from spark_me.benchmark.timing import Advance, time_interleaved
 from spark_me.benchmark.trial import is_out_of_memory, try_all
-from spark_me.benchmark.twins import check_twin
 from spark_me.benchmark.workloads import BACKENDS, Variant, Workload, variants_of
 from spark_me.errors import UserError
 from spark_me.machine import describe_machine
@@ -48,8 +47,6 @@ def measure(
         raise UserError(f"--runs {runs} --warmup {warmup}: at least one run and no negative warm-up")
     variants = _variants(case, backends, compiled)
     case.check(scopes)
-    if {"masked_dense", "dense"} & set(backends):
-        check_twin(case.encoder)
     try:
         results = [_measure_scope(case, scope, variants, runs, warmup, memory, advance) for scope in scopes]
     except RuntimeError as error:
@@ -112,4 +109,4 @@ def _measure_scope(
 
 
 def _with_tables(scopes: Sequence[str], backends: Sequence[str]) -> bool:
-    return "encoder" in scopes and "fused" in backends
+    return "encoder" in scopes and "native" in backends

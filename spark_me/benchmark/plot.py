@@ -33,7 +33,7 @@ def _draw_scope(axes: Axes, sweep: Sweep, scope: str) -> None:
             axes.plot(x, seconds, marker="o", label=backend)
     if line := sweep.line(scope):
         ends = [min(x), max(x)]
-        label = f"straight line through fused (±{line.deviation:.0%})"
+        label = f"straight line through native (±{line.deviation:.0%})"
         axes.plot(ends, [line.intercept + line.slope * end for end in ends], "k--", linewidth=1, label=label)
     axes.set(title=f"{scope}, forward + backward", xlabel=_AXIS[sweep.name], ylabel="seconds")
     axes.set_ylim(bottom=0)

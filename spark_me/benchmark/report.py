@@ -80,7 +80,7 @@ def _scope_text(report: Report, result: ScopeResult) -> str:
         lines.append(f"floor: {result.floor_seconds:.4f} s, the dense time × {share}{unreachable}")
     if result.tables is not None:
         share = f"{result.tables.share:.1%} of the encoder's time"
-        lines.append(f"pyramid and neighbour tables of fused: {result.tables.seconds:.4f} s, {share}")
+        lines.append(f"pyramid and neighbour tables of native: {result.tables.seconds:.4f} s, {share}")
     return "\n".join(lines)
 
 
@@ -113,11 +113,11 @@ def _line_text(sweep: Sweep, scope: str) -> list[str]:
     line = sweep.line(scope)
     if line is None:
         return []
-    text = f"fused: {line.intercept:.4f} s + {line.slope:.4f} s × visible share, at most {line.deviation:.1%} off it"
+    text = f"native: {line.intercept:.4f} s + {line.slope:.4f} s × visible share, at most {line.deviation:.1%} off it"
     dense = sweep.medians(scope, "dense")
     if dense and 1.0 in sweep.shares():
         whole = sweep.shares().index(1.0)
-        text += f"; with everything visible {sweep.medians(scope, 'fused')[whole] / dense[whole]:.2f} × dense"
+        text += f"; with everything visible {sweep.medians(scope, 'native')[whole] / dense[whole]:.2f} × dense"
     return [text]
 
 

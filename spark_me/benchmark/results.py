@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Tables:
-    """The `fused` backend's pyramid and neighbour tables of one batch."""
+    """The `native` backend's pyramid and neighbour tables of one batch."""
 
     seconds: float
     share: float
@@ -92,7 +92,7 @@ def compare(
         memory: bytes of activations of the variants that were measured.
         batch: B.
         visible_share: of the patches.
-        table_seconds: time of the pyramid and the tables; needs the fused backend among the variants.
+        table_seconds: time of the pyramid and the tables; needs the native backend among the variants.
         left_out: what did not run, and why.
     """
     median = {variant: statistics.median(times) for variant, times in seconds.items()}
@@ -119,7 +119,7 @@ def compare(
     ]
     tables = None
     if table_seconds is not None:
-        tables = Tables(table_seconds, table_seconds / median[Variant("fused", None)])
+        tables = Tables(table_seconds, table_seconds / median[Variant("native", None)])
     return ScopeResult(scope, rows, floor, tables, dict(left_out or {}))
 
 

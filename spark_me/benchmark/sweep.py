@@ -52,7 +52,7 @@ class Sweep:
         ]
         return [row.median for row in rows if row is not None]
 
-    def line(self, scope: str, backend: str = "fused") -> Line | None:
+    def line(self, scope: str, backend: str = "native") -> Line | None:
         """Fit of time over visible share; None for another sweep, too few shares, or a backend that did not run."""
         seconds = self.medians(scope, backend)
         if self.name != "mask_ratio" or not seconds or len(set(self.shares())) < 3:
@@ -63,7 +63,7 @@ class Sweep:
         """All figures, with the fitted line of each scope, for JSON."""
         scopes = [result.scope for result in self.reports[0].scopes]
         lines = {scope: line and dataclasses.asdict(line) for scope in scopes for line in [self.line(scope)]}
-        return {**dataclasses.asdict(self), "fused_lines": lines}
+        return {**dataclasses.asdict(self), "native_lines": lines}
 
 
 def fit_line(x: Sequence[float], y: Sequence[float]) -> Line:

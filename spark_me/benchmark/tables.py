@@ -8,19 +8,20 @@ import torch
 from spark_me import sparse
 from spark_me.benchmark.case import Case
 from spark_me.benchmark.timing import time_median
-from spark_me.encoders import build_encoder
+from spark_me.encoder import sparsify
+from spark_me.networks import dense_network
 
 Call = tuple[str, tuple[Any, ...]]
 """A method of `Neighbours` and its arguments."""
 
 
 def time_tables(case: Case, *, runs: int, warmup: int) -> float:
-    """Median seconds to build the `fused` backend's pyramid and neighbour tables for one batch."""
+    """Median seconds to build the `native` backend's pyramid and neighbour tables for one batch."""
     _, visible = case.draw()
     calls = calls_of_a_pass(case)
 
     def build() -> None:
-        pyramid = sparse.Pyramid(visible, case.patch_size, "fused", case.device)
+        pyramid = sparse.Pyramid(visible, case.patch_size, "native", case.device)
         pyramid.raster_index(1)  # gathers the visible pixels
         for method, arguments in calls:
             getattr(pyramid.neighbours, method)(*arguments)
@@ -33,10 +34,10 @@ def time_tables(case: Case, *, runs: int, warmup: int) -> float:
 def calls_of_a_pass(case: Case) -> list[Call]:
     """What the encoder's forward and backward pass asks the tables for, each question once."""
     images, visible = case.draw()
-    pyramid = sparse.Pyramid(visible, case.patch_size, "fused", case.device)
+    pyramid = sparse.Pyramid(visible, case.patch_size, "native", case.device)
     recorder: Any = _Recorder(pyramid.neighbours)
     pyramid.neighbours = recorder
-    encoder = build_encoder(case.encoder, drop_path=0.0).to(case.device)
+    encoder = sparsify(dense_network(case.encoder)).to(case.device)
     with case.computing():
         with case.autocast():
             features = encoder(sparse.to_sparse(images, pyramid))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 import spark_me
 from spark_me import sparse
 from spark_me.benchmark.case import Case
-from spark_me.benchmark.twins import DenseSparK, dense_encoder, masked_encoder
-from spark_me.encoders import build_encoder
+from spark_me.benchmark.twins import DenseSparK, MaskedDenseSparK, dense_encoder, headless, masked_encoder
+from spark_me.encoder import sparsify
 from spark_me.errors import UserError
-from spark_me.masked_dense import MaskedDenseSparK
+from spark_me.networks import dense_network
 
 BACKENDS = (*sparse.BACKENDS, "masked_dense", "dense")
 """The sparse ones, their dense simulation, and the dense network without any mask."""
@@ -109,7 +109,7 @@ def _build_encoder(case: Case, backend: str) -> tuple[nn.Module, Loss]:
     if backend == "masked_dense":
         model = masked_encoder(case.encoder)
         return model, lambda images, visible: _sum_of_means(model(images, visible))
-    model = build_encoder(case.encoder, drop_path=0.0)
+    model = sparsify(dense_network(case.encoder))
 
     def loss(images: Tensor, visible: Tensor) -> Tensor:
         # a new mask in every step of training: its pyramid and tables belong to the pass
@@ -123,7 +123,7 @@ def _build_step(case: Case, backend: str) -> tuple[nn.Module, Loss]:
     if backend == "dense":
         model: nn.Module = DenseSparK(case.encoder, case.decoder_width)
     elif backend == "masked_dense":
-        model = MaskedDenseSparK(case.encoder, decoder_width=case.decoder_width)
+        model = MaskedDenseSparK(headless(case.encoder), decoder_width=case.decoder_width)
     else:
         model = spark_me.build_model(
             case.encoder,

@@ -18,7 +18,7 @@ from spark_me.data.sampler import StepSampler
 from spark_me.data.shards import Shards
 from spark_me.data.streams import ShardSampler
 from spark_me.data.transforms import Transform, held_out_transform, train_transform
-from spark_me.encoders import patch_size_of
+from spark_me.networks import patch_size_of
 
 
 def train_loader(

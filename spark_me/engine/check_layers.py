@@ -55,12 +55,16 @@ def layers() -> tuple[Layer, ...]:
         _convolution(4, stride=4),
         _convolution(3, groups=2),
         _convolution(3, dilation=2),
-        Layer("depthwise 7×7", lambda channels, _: sparse.DepthwiseConv2d(channels, 7), _dense_depthwise),
-        _pool("max-pool", 3, lambda: sparse.MaxPool2d(3, 2), _dense_max_pool),
-        _pool("average pool", 3, lambda: sparse.AvgPool2d(3, 2), _dense_average_pool),
+        Layer(
+            "depthwise 7×7",
+            lambda channels, _: sparse.Conv2d(channels, channels, 7, padding=3, groups=channels),
+            _dense_depthwise,
+        ),
+        _pool("max-pool", 3, lambda: sparse.MaxPool2d(3, 2, 1), _dense_max_pool),
+        _pool("average pool", 3, lambda: sparse.AvgPool2d(3, 2, 1, count_include_pad=False), _dense_average_pool),
         _pool("average pool", 2, lambda: sparse.AvgPool2d(2, 2), _dense_average_pool),
-        Layer("batch norm", lambda channels, _: sparse.BatchNorm(channels), _dense_batch_norm),
-        Layer("layer norm", lambda channels, _: sparse.LayerNorm(channels), _dense_layer_norm),
+        Layer("batch norm", lambda channels, _: sparse.BatchNorm2d(channels), _dense_batch_norm),
+        Layer("layer norm", lambda channels, _: sparse.LayerNorm(channels, eps=1e-6), _dense_layer_norm),
         Layer("response norm", lambda channels, _: sparse.GlobalResponseNorm(channels), _dense_response_norm),
     )
 
@@ -68,9 +72,10 @@ def layers() -> tuple[Layer, ...]:
 def _convolution(size: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> Layer:
     options = (("stride", stride), ("groups", groups), ("dilation", dilation))
     said = "".join(f" {name} {value}" for name, value in options if value > 1)
+    padding = dilation * (size // 2) if size % 2 else 0
     return Layer(
         f"conv {size}×{size}{said}",
-        lambda inputs, outputs: sparse.Conv2d(inputs, outputs, size, stride, groups, dilation),
+        lambda inputs, outputs: sparse.Conv2d(inputs, outputs, size, stride, padding, dilation, groups, bias=False),
         partial(_dense_convolution, size=size, stride=stride, groups=groups, dilation=dilation),
         stride,
     )
@@ -83,17 +88,13 @@ def _pool(name: str, size: int, make: Callable[[], nn.Module], dense: Callable[.
 def _dense_convolution(
     parameters: Mapping[str, Tensor], maps: Tensor, masks: Masks, size: int, stride: int, groups: int, dilation: int
 ) -> dict[str, Tensor]:
-    kernel = parameters["kernel"]
-    # The engine counts kernel offsets with the first spatial axis, y, fastest.
-    weight = kernel.view(size, size, *kernel.shape[-2:]).permute(3, 2, 1, 0)
     padding = dilation * (size // 2) if size % 2 else 0
-    dense = functional.conv2d(maps * masks.before, weight, None, stride, padding, dilation, groups)
+    dense = functional.conv2d(maps * masks.before, parameters["weight"], None, stride, padding, dilation, groups)
     return {"output": dense * masks.after}
 
 
 def _dense_depthwise(parameters: Mapping[str, Tensor], maps: Tensor, masks: Masks) -> dict[str, Tensor]:
-    weight = parameters["kernel"].view(7, 7, 1, -1).permute(3, 2, 1, 0)
-    bias = parameters["bias"].flatten()
+    weight, bias = parameters["weight"], parameters["bias"]
     dense = functional.conv2d(maps * masks.before, weight, bias, padding=3, groups=maps.shape[1])
     return {"output": dense * masks.after}
 
@@ -128,5 +129,5 @@ def _dense_layer_norm(parameters: Mapping[str, Tensor], maps: Tensor, masks: Mas
 def _dense_response_norm(parameters: Mapping[str, Tensor], maps: Tensor, masks: Masks) -> dict[str, Tensor]:
     norm = (maps * masks.before).square().sum((2, 3), keepdim=True).sqrt()
     response = norm / (norm.mean(1, keepdim=True) + 1e-6)
-    dense = parameters["gamma"][:, None, None] * maps * response + parameters["beta"][:, None, None] + maps
+    dense = parameters["weight"][:, None, None] * maps * response + parameters["bias"][:, None, None] + maps
     return {"output": dense * masks.after}

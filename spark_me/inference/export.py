@@ -14,7 +14,7 @@ from spark_me.files import atomic_write, check_output
 from spark_me.inference.classifier import IMAGENET_CLASSES, imagenet_classes
 from spark_me.inference.export_formats import Exported, export_program, to_onnx, trace
 from spark_me.inference.model_file import ModelFile, read_model
-from spark_me.weights.architectures import PATCH_SIZE
+from spark_me.networks import patch_size_of
 from spark_me.weights.convert import write_weights
 from spark_me.weights.files import check_target
 
@@ -76,8 +76,9 @@ def export(
     check_output(out, source)
     file = read_model(source, raw=raw)
     height, width = image_size or file.view.size
-    if min(height, width) < PATCH_SIZE:
-        raise UserError(f"--image-size {height} {width}: must be at least {PATCH_SIZE}, the total stride")
+    smallest = patch_size_of(file.weights.encoder)
+    if min(height, width) < smallest:
+        raise UserError(f"--image-size {height} {width}: must be at least {smallest}, the total stride")
     network = file.network(classifier=file.num_classes is not None)
     make, _ = PROGRAMS[to]
     output = "features" if file.num_classes is None else "logits"

@@ -17,7 +17,7 @@ from spark_me.inference.model_file import read_model
 from spark_me.inference.view import View
 
 STAGES = (1, 2, 3, 4)
-"""At strides 4, 8, 16 and 32."""
+"""Scales, shallow to deep: at strides 4, 8, 16 and 32 of most networks."""
 DEEPEST = STAGES[-1]
 
 
@@ -72,7 +72,11 @@ def load_encoder(source: str | os.PathLike[str], stage: int = DEEPEST, *, raw: b
     if stage not in STAGES:
         raise UserError(f"stage={stage}: must be one of {', '.join(map(str, STAGES))}")
     file = read_model(source, raw=raw)
-    return Encoder(file.weights.encoder, file.network(classifier=False), file.view, stage)
+    network: Any = file.network(classifier=False)
+    scales = len(network.traced.scales)
+    if stage > scales:
+        raise UserError(f"stage={stage}: {file.weights.encoder} has {scales} of them")
+    return Encoder(file.weights.encoder, network, file.view, stage)
 
 
 def extract_features(

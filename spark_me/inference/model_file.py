@@ -3,7 +3,6 @@
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 
 from spark_me.config_data import INTERPOLATIONS, LARGEST_AREA, STATISTICS, DataConfig
 from spark_me.data.transforms import CentreCrop
-from spark_me.encoders.registry import CONVNEXTS, RESNETS
+from spark_me.dense import build_network
 from spark_me.errors import UserError, install_text, shown
 from spark_me.inference.view import View, crop_view, recipe_view
-from spark_me.weights.architectures import FAMILY_OF
-from spark_me.weights.canonical import Weights, from_canonical, part_of, to_canonical
+from spark_me.weights.canonical import Weights, dense_state, to_canonical
 from spark_me.weights.download import is_url, local_file
-from spark_me.weights.files import bare_state, read_content
-from spark_me.weights.models import PUBLISHED, build_network, list_models
+from spark_me.weights.files import bare_state, read_content, stated_encoder
+from spark_me.weights.layouts import RESNET
+from spark_me.weights.models import PUBLISHED, list_models
 from spark_me.weights.strict import require_numbers
 
 OURS = "spark_me."
@@ -41,27 +40,21 @@ class ModelFile(NamedTuple):
     @property
     def in_channels(self) -> int:
         """Channels of its images."""
-        return self.weights.tensors[FAMILY_OF[self.weights.encoder].image_weight].shape[1]
+        return self.weights.in_channels
 
     @property
     def num_classes(self) -> int | None:
         """Of its classifier; None where it has none."""
-        classifier = self.weights.tensors.get("fc.weight")
-        return None if classifier is None else classifier.shape[0]
+        return self.weights.num_classes
 
     def network(self, *, classifier: bool) -> nn.Module:
         """The dense network in evaluation mode, on the CPU, with its classifier or without.
 
         Raises:
-            UserError: if timm is missing where it is needed.
+            UserError: if a library is missing that it needs.
         """
-        encoder = self.weights.encoder
-        parts = ("encoder", "norm", "fc") if classifier else ("encoder",)
-        tensors = {name: tensor for name, tensor in self.weights.tensors.items() if part_of(name) in parts}
-        version_2 = encoder in CONVNEXTS and CONVNEXTS[encoder][0] == 2
-        network = build_network(encoder, self.num_classes if classifier else None, self.in_channels)
-        state, _, _ = from_canonical(replace(self.weights, tensors=tensors), "timm" if version_2 else "torchvision")
-        network.load_state_dict(state, strict=True)
+        network = build_network(self.weights.encoder, self.num_classes if classifier else None, self.in_channels)
+        network.load_state_dict(dense_state(self.weights, classifier), strict=True)
         return network.eval()
 
 
@@ -79,15 +72,15 @@ def read_model(source: str | os.PathLike[str], *, raw: bool = False) -> ModelFil
     """
     where = str(source)
     address = _address(source)
-    content = read_content(local_file(address))
+    path = local_file(address)
+    content = read_content(path)
     ours = isinstance(content, Mapping) and str(content.get("format", "")).startswith(OURS)
     state = _state(content, ours and not raw, where)
     require_numbers(state, where)
-    weights = to_canonical(state, where)
-    channels = weights.tensors[FAMILY_OF[weights.encoder].image_weight].shape[1]
+    weights = to_canonical(state, where, likely=stated_encoder(path, content))
     if not ours:
-        return ModelFile(where, address, weights, None, _recipe_view(weights.encoder, channels, where))
-    view = _configured_view(_parse(content.get("config"), where), channels, where)
+        return ModelFile(where, address, weights, None, _recipe_view(weights, where))
+    view = _configured_view(_parse(content.get("config"), where), weights.in_channels, where)
     return ModelFile(where, address, weights, _class_names(content, weights, where), view)
 
 
@@ -115,19 +108,19 @@ def _state(content: Any, averaged: bool, where: str) -> dict[str, Tensor]:
 
 
 def _class_names(content: Mapping[str, Any], weights: Weights, where: str) -> list[str] | None:
-    classes, classifier = content.get("classes"), weights.tensors.get("fc.weight")
-    if classes is None or classifier is None:
+    classes, count = content.get("classes"), weights.num_classes
+    if classes is None or count is None:
         return None
     if not isinstance(classes, list | tuple):
         raise UserError(f"{where}: holds no list of class names: use an earlier checkpoint")
-    if len(classes) != len(classifier):
-        raise UserError(f"{where}: names {len(classes)} classes, its classifier has {len(classifier)}: fine-tune again")
+    if len(classes) != count:
+        raise UserError(f"{where}: names {len(classes)} classes, its classifier has {count}: fine-tune again")
     return [str(name) for name in classes]
 
 
-def _recipe_view(encoder: str, channels: int, where: str) -> View:
+def _recipe_view(weights: Weights, where: str) -> View:
     try:
-        return recipe_view(channels, resnet=encoder in RESNETS)
+        return recipe_view(weights.in_channels, resnet=RESNET.has(weights.architecture.encoder))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

@@ -14,7 +14,7 @@ from spark_me.data.reading import Encoded, Item, Picture, read_image, to_picture
 from spark_me.data.transforms import ShortEdgeCrop, Transform
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
-from spark_me.weights.architectures import PATCH_SIZE
+from spark_me.networks import TOTAL_STRIDE
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 # Pixels, of the published recipes: the short edge that test images are resized to, and the centre that is kept.
@@ -39,7 +39,7 @@ class View:
             geometry: resizes and crops an image or a tensor [C, H, W].
         """
         self.channels, self.data, self.size = channels, data, size
-        self._transform = Transform(geometry, data, channels, attempts=1, patch_size=PATCH_SIZE)
+        self._transform = Transform(geometry, data, channels, attempts=1, patch_size=TOTAL_STRIDE)
 
     def read(self, item: Item) -> Tensor:
         """A file or its content as the network sees it: float32 [C, H, W].

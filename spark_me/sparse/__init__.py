@@ -1,16 +1,12 @@
 """Sparse tensors and layers on MinkowskiEngine: the only part of spark_me that imports it."""
 
-from spark_me.sparse.activations import GELU, Hardswish, LeakyReLU, ReLU, SiLU
-from spark_me.sparse.batch_norm import BatchNorm
+from spark_me.sparse.batch_norm import BatchNorm2d, convert_sync_batchnorm
 from spark_me.sparse.choice import choose, measured_choices
-from spark_me.sparse.depthwise import DepthwiseConv2d
 from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
 from spark_me.sparse.layers import AvgPool2d, Conv2d, DropPath, MaxPool2d, add
-from spark_me.sparse.linear import Linear
+from spark_me.sparse.modules import rule
 from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
 from spark_me.sparse.pyramid import BACKENDS, Pyramid
-from spark_me.sparse.squeeze_excite import SqueezeExcite
-from spark_me.sparse.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
 from spark_me.sparse.tensor import (
     SparseTensor,
     at_stride,
@@ -23,26 +19,17 @@ from spark_me.sparse.tensor import (
 
 __all__ = [
     "BACKENDS",
-    "GELU",
     "AvgPool2d",
-    "BatchNorm",
+    "BatchNorm2d",
     "Conv2d",
-    "DepthwiseConv2d",
     "DropPath",
     "GlobalResponseNorm",
     "GroupNorm",
-    "Hardswish",
     "InstanceNorm2d",
     "LayerNorm",
-    "LeakyReLU",
-    "Linear",
     "MaxPool2d",
     "Pyramid",
-    "ReLU",
-    "SiLU",
     "SparseTensor",
-    "SqueezeExcite",
-    "SyncBatchNorm",
     "add",
     "at_stride",
     "choose",
@@ -51,6 +38,7 @@ __all__ = [
     "global_average",
     "mean_over_images",
     "measured_choices",
+    "rule",
     "scale_images",
     "spread_over_sites",
     "stride_of",

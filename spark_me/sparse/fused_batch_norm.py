@@ -18,7 +18,7 @@ STATISTICS_WIDTH = 8
 
 
 def fused_batch_norm(
-    norm: nn.BatchNorm1d, rows: Tensor, shortcut: Tensor | None, scale: Tensor | None, relu: bool
+    norm: nn.BatchNorm2d, rows: Tensor, shortcut: Tensor | None, scale: Tensor | None, relu: bool
 ) -> Tensor:
     """relu(norm(rows)·scale + shortcut), the last three where given; moves running statistics as `norm(rows)` does.
 
@@ -47,7 +47,7 @@ def fused_batch_norm(
         return _FusedBatchNorm.apply(rows, shortcut, weight, bias, scale, mean, rstd, relu, of_batch)
 
 
-def _batch_statistics(norm: nn.BatchNorm1d, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _batch_statistics(norm: nn.BatchNorm2d, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation of the rows, float32 [C]; moves the running statistics."""
     number, channels = rows.shape
     if number == 1:
@@ -80,12 +80,12 @@ def _batch_statistics(norm: nn.BatchNorm1d, rows: Tensor) -> tuple[Tensor, Tenso
     return mean, rstd
 
 
-def _running_statistics(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+def _running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     assert norm.running_mean is not None and norm.running_var is not None
     return norm.running_mean.float(), torch.rsqrt(norm.running_var.float() + norm.eps)
 
 
-def _count_batch(norm: nn.BatchNorm1d) -> float:
+def _count_batch(norm: nn.BatchNorm2d) -> float:
     """Count one more batch; how far the running statistics move towards its own: 1 / batches for momentum None."""
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)

@@ -29,7 +29,7 @@ def convolution(rows: Tensor, kernel: Tensor, bias: Tensor, table: Tensor, block
     Args:
         rows: features.
         kernel: [K, C], of the same dtype.
-        bias: [1, C], of the same dtype.
+        bias: [C], of the same dtype.
         table: int32 [K, N], the row under each kernel offset of each site; N where there is none.
         block: one of `BLOCKS`.
     """
@@ -53,7 +53,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_kernel = _correlate(rows, gradient, ctx.table)
         if ctx.needs_input_grad[2]:
-            grad_bias = gradient.sum(dim=0, keepdim=True)
+            grad_bias = gradient.sum(dim=0)
         return grad_rows, grad_kernel, grad_bias, None, None
 
 

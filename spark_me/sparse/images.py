@@ -44,6 +44,13 @@ def global_average(x: SparseTensor) -> Tensor:
     return mean_over_images(x.F, x.coordinate_manager, stride_of(x))
 
 
+def global_maximum(x: SparseTensor) -> Tensor:
+    """Global maximum pooling: the largest of each image's visible sites, [B, C]."""
+    index = x.coordinate_manager.image_index(stride_of(x))[:, None].expand_as(x.F)
+    lowest = x.F.new_full((len(x.coordinate_manager.visible), x.F.shape[1]), float("-inf"))
+    return lowest.scatter_reduce(0, index, x.F, "amax")
+
+
 def sites_of_images(pyramid: Pyramid, stride: int) -> Tensor:
     """int64 [B, 1]: how many sites each image has at `stride`."""
     return pyramid.visible.flatten(1).sum(dim=1, keepdim=True) * pyramid.neighbours.side(stride) ** 2

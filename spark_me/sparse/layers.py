@@ -1,149 +1,237 @@
-"""Sparse layers: MinkowskiEngine's own modules and parameters behind the constructor calls of `torch.nn`.
+"""Sparse layers: torch's own modules, with their arguments, parameters and names, on visible sites.
 
 Every layer maps a `SparseTensor` to another one. How it computes is said by the tensor's pyramid (`backend`); tensors
 on another coordinate manager of MinkowskiEngine take its stock kernels. Those exist for float32 and float64 only, so
 under autocast they compute in the dtype of the parameters.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from spark_me.sparse import fused
-from spark_me.sparse.minkowski import ME, Copied
-from spark_me.sparse.neighbours import Window
-from spark_me.sparse.tensor import SparseTensor, at_stride, compute_dtype, is_fused, stride_of, with_features
+from spark_me.errors import EngineError
+from spark_me.sparse import depthwise, minkowski, native
+from spark_me.sparse.neighbours import Pair, Window
+from spark_me.sparse.pyramid import Pyramid
+from spark_me.sparse.tensor import (
+    SparseLayer,
+    SparseTensor,
+    at_stride,
+    compute_dtype,
+    is_native,
+    stride_of,
+    with_features,
+)
 
 
-class Conv2d(Copied, ME.MinkowskiConvolution):
-    """Sparse convolution: outputs at the visible sites of the output stride, empty neighbours count as zero.
+class Padded(SparseLayer):
+    """A layer that looks around its sites.
 
-    Odd kernels are centred (padding dilation · (k // 2)), even kernels start at the site (no padding).
-
-    `kernel` is [K, Cin/groups, Cout], or [Cin/groups, Cout] for 1×1 stride 1. As in torch's [Cout, Cin/groups, k, k],
-    the output channels of a group lie side by side; `spark_me.weights.kernels` brings one layout to the other.
+    Attributes:
+        around: zeros that the dense network adds to the map before it, (before, behind), each (down, across).
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-        dilation: int = 1,
-        bias: bool = False,
-    ) -> None:
-        """
-        Args:
-            in_channels: Cin.
-            out_channels: Cout.
-            kernel_size: k.
-            stride: steps of the output, in sites of the input.
-            groups: in how many groups the channels fall; a group's outputs see its inputs alone.
-            dilation: distance of neighbouring kernel offsets, in sites of the input.
-            bias: whether a constant [1, Cout] is added.
+    around: tuple[Pair, Pair] = ((0, 0), (0, 0))
+
+    def check(self) -> None:
+        """Refuse what cannot be computed.
 
         Raises:
-            ValueError: if `groups` does not divide both numbers of channels, or `dilation` is not positive.
+            ValueError: naming it.
         """
-        if groups < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(f"groups={groups} does not divide {in_channels} input and {out_channels} output channels")
-        if dilation < 1:
-            raise ValueError(f"dilation must be at least 1, not {dilation}")
-        super().__init__(
-            in_channels // groups,
-            out_channels,
-            kernel_size=kernel_size,
-            stride=stride,
-            dilation=dilation,
-            bias=bias,
-            dimension=2,
-        )
-        self.in_channels = in_channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.groups = groups
-        self.dilation = dilation
+
+    def padding_of(self, own: Any) -> tuple[Pair, Pair]:
+        """Its own padding, on both sides, with what is added before.
+
+        Raises:
+            ValueError: if the map is cropped before: sites would be read where the dense network reads padding.
+        """
+        (top, left), (bottom, right) = self.around
+        down, across = _pair(own)
+        if (down and min(top, bottom) < 0) or (across and min(left, right) < 0):
+            raise ValueError("pads what is cropped")
+        return (down + top, across + left), (down + bottom, across + right)
+
+    def same_window(self, in_stride: int) -> Window:
+        """The geometry of its "same" padding.
+
+        Raises:
+            ValueError: if there are other zeros around the map.
+        """
+        me: Any = self
+        if self.around != ((0, 0), (0, 0)):
+            raise ValueError("pads what is padded with zeros")
+        return same_window(in_stride, me.kernel_size, me.stride, getattr(me, "dilation", 1))
+
+    def is_padded_twice(self, own: Any) -> bool:
+        """Whether it has padding of its own beside what is added."""
+        return self.around != ((0, 0), (0, 0)) and _pair(own) != (0, 0)
+
+
+class Conv2d(Padded, nn.Conv2d):
+    """`torch.nn.Conv2d`: outputs at the visible sites of the output stride, empty neighbours count as zero."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """
+        Args:
+            arguments, options: those of `torch.nn.Conv2d`, in its order; `padding` has to keep the sites in place.
+
+        Raises:
+            ValueError: if the output would not be the input's size divided by the stride, or padding is not by zeros.
+        """
+        super().__init__(*arguments, **options)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse a geometry that shifts sites.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.padding_mode != "zeros":
+            raise ValueError(f"padding_mode={self.padding_mode!r}: sparse convolutions pad with zeros")
+        self.window(1)
+
+    def window(self, in_stride: int) -> Window:
+        """The geometry on sites of a stride."""
+        if self.padding == "same":
+            return self.same_window(in_stride)
+        before, behind = self.padding_of(0 if self.padding == "valid" else self.padding)
+        return window_of(in_stride, self.kernel_size, self.stride, self.dilation, before, behind)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        if not is_fused(x):
-            with torch.autocast(x.F.device.type, enabled=False):
-                x = with_features(x, x.F.to(self.kernel.dtype))
-                return super().forward(x) if self.groups == 1 else self._convolve_groups(x)
-        dtype = compute_dtype(self.kernel)
-        window = Window(stride_of(x), self.kernel_size, self.stride, self.dilation)
-        neighbours = x.coordinate_manager.neighbours
-        rows = fused.convolution(x.F.to(dtype), self.kernel.to(dtype), window, neighbours, self.groups)
-        if self.bias is not None:
-            rows = rows + self.bias.to(dtype)
-        return at_stride(x, window.out_stride, rows)
-
-    def _convolve_groups(self, x: SparseTensor) -> SparseTensor:
-        """Each group through the engine's own convolution, which knows no groups; they share one kernel map."""
-        in_key, manager = x.coordinate_map_key, x.coordinate_manager
-        # the engine fills in an empty key: the first group names the output's sites, the others find them
-        out_key = in_key if self.use_mm else ME.CoordinateMapKey(in_key.get_coordinate_size())
-        groups = []
-        for rows, kernel in zip(x.F.chunk(self.groups, dim=1), self.kernel.chunk(self.groups, dim=-1)):
-            if self.use_mm:
-                groups.append(rows @ kernel)
-            else:
-                settings = self.kernel_generator, self.convolution_mode, in_key, out_key, manager
-                groups.append(self.conv.apply(rows.contiguous(), kernel.contiguous(), *settings))
-        rows = torch.cat(groups, dim=1)
-        if self.bias is not None:
-            rows = rows + self.bias
-        return SparseTensor(rows, coordinate_map_key=out_key, coordinate_manager=manager)
-
-    def reset_parameters(self, is_transpose: bool = False) -> None:
-        """Draw kernel and bias from U(−1/√n, 1/√n), n = K·Cin/groups, as torch and the engine do."""
-        bound = self.kernel[..., 0].numel() ** -0.5
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, groups={self.groups})"
+        return convolve(x, self.weight, self.bias, self.window(stride_of(x)), self.groups)
 
 
-class MaxPool2d(Copied, ME.MinkowskiMaxPooling):
-    """Maximum over the visible sites under the kernel; empty sites are ignored, not taken as zero.
+def convolve(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Window, groups: int) -> SparseTensor:
+    """Sparse convolution.
 
-    The dense simulation does take them as zero: it agrees for inputs that are nowhere negative, such as after ReLU.
+    Args:
+        x: features [N_in, Cin].
+        weight: [Cout, Cin/groups, kh, kw].
+        bias: [Cout].
+        window: its geometry.
+        groups: as in `torch.nn.Conv2d`.
+
+    Returns:
+        Features [N_out, Cout], in autocast's dtype where it is on, else in the weight's.
+    """
+    if not is_native(x):
+        with torch.autocast(x.F.device.type, enabled=False):
+            out = minkowski.convolution(with_features(x, x.F.to(weight.dtype)), weight, window, groups)
+            return out if bias is None else with_features(out, out.F + bias)
+    dtype = compute_dtype(weight)
+    rows, weight, bias = x.F.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if depthwise.takes(weight, window, groups):
+        return with_features(x, depthwise.convolution(rows, weight, bias, x.coordinate_manager, window))
+    rows = native.convolution(rows, weight, window, x.coordinate_manager.neighbours, groups)
+    return at_stride(x, window.out_stride, rows if bias is None else rows + bias)
+
+
+class MaxPool2d(Padded, nn.MaxPool2d):
+    """`torch.nn.MaxPool2d`: the maximum over the visible sites under the kernel; empty sites are ignored, not zero."""
+
+    def window(self, in_stride: int) -> Window:
+        """The geometry on sites of a stride."""
+        before, behind = self.padding_of(self.padding)
+        return window_of(in_stride, self.kernel_size, self.stride, self.dilation, before, behind, self.ceil_mode)
+
+    def check(self) -> None:
+        """Refuse what a map has no place for.
+
+        Raises:
+            ValueError: for indices, zeros beside padding, and a geometry that shifts sites.
+        """
+        if self.return_indices:
+            raise ValueError("returns indices, which are of the dense map")
+        if self.is_padded_twice(self.padding):
+            raise ValueError("pads what is padded with zeros")
+        self.window(1)
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        window, zeros = self.window(stride_of(x)), self.around != ((0, 0), (0, 0))
+        if is_native(x):
+            rows = native.max_pool(x.F, window, x.coordinate_manager.neighbours, zeros)
+            return at_stride(x, window.out_stride, rows)
+        if zeros:
+            raise EngineError("MinkowskiEngine has no pooling of a map that is padded: use the backend native")
+        return minkowski.pool(_in_engine_dtype(x), window, "MAX")
+
+
+class AvgPool2d(Padded, nn.AvgPool2d):
+    """`torch.nn.AvgPool2d`: the mean over the visible sites under the kernel, and over padding where torch counts it.
+
+    Empty sites enter neither the sum nor the number that divides it, unless `divisor_override` is given.
     """
 
-    def __init__(self, kernel_size: int, stride: int) -> None:
-        super().__init__(kernel_size=kernel_size, stride=stride, dimension=2)
-        self.kernel_size = kernel_size
-        self.stride = stride
+    def window(self, in_stride: int) -> Window:
+        """The geometry on sites of a stride."""
+        before, behind = self.padding_of(self.padding)
+        return window_of(in_stride, self.kernel_size, self.stride, 1, before, behind, self.ceil_mode)
+
+    def check(self) -> None:
+        """Refuse a geometry that shifts sites.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.is_padded_twice(self.padding):
+            raise ValueError("pads what is padded with zeros")
+        self.window(1)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        if not is_fused(x):
-            return super().forward(_in_engine_dtype(x))
-        window = Window(stride_of(x), self.kernel_size, self.stride)
-        return at_stride(x, window.out_stride, fused.max_pool(x.F, window, x.coordinate_manager.neighbours))
+        counted = self.count_include_pad or self.around != ((0, 0), (0, 0))
+        behind = self.padding_of(self.padding)[1] if counted else None
+        return average_pool(x, self.window(stride_of(x)), behind, self.divisor_override)
 
 
-class AvgPool2d(Copied, ME.MinkowskiAvgPooling):
-    """Mean over the visible sites under the kernel: divides by their number, not by the kernel's volume."""
+def average_pool(
+    x: SparseTensor, window: Window, behind: Pair | None = None, divisor: int | None = None
+) -> SparseTensor:
+    """Mean over the visible sites under the kernel.
 
-    def __init__(self, kernel_size: int, stride: int) -> None:
-        super().__init__(kernel_size=kernel_size, stride=stride, dimension=2)
-        self.kernel_size = kernel_size
-        self.stride = stride
+    Args:
+        x: features [N_in, C].
+        window: its geometry.
+        behind: padding behind the map, where places of padding count as sites that are zero; None: they do not count.
+        divisor: what sums are divided by instead of the number of sites.
+    """
+    if is_native(x):
+        sums = at_stride(x, window.out_stride, native.sum_pool(x.F, window, x.coordinate_manager.neighbours))
+    else:
+        sums = minkowski.pool(_in_engine_dtype(x), window, "SUM")
+    return with_features(sums, sums.F / (divisor or _sites_under(x.coordinate_manager, window, behind)))
 
-    def forward(self, x: SparseTensor) -> SparseTensor:
-        if not is_fused(x):
-            return super().forward(_in_engine_dtype(x))
-        window = Window(stride_of(x), self.kernel_size, self.stride)
-        return at_stride(x, window.out_stride, fused.average_pool(x.F, window, x.coordinate_manager.neighbours))
+
+def _sites_under(pyramid: Pyramid, window: Window, behind: Pair | None) -> Tensor:
+    """[N_out, 1], visible sites under the kernel of each output, and places of padding."""
+    visible = pyramid.neighbours.counts(window)
+    if behind is None or (window.before, behind) == ((0, 0), (0, 0)):
+        return visible
+    _, *positions = pyramid.neighbours.positions(window.out_stride)
+    _, *lengths = pyramid.extent(window.in_stride)
+    covered = inside = torch.ones_like(visible[:, 0])
+    for position, length, size, near, far in zip(positions, lengths, window.size, window.before, behind):
+        first = position * window.stride - near
+        last = (first + size).clamp(max=length + far)  # as torch, which counts no place behind the padding
+        covered = covered * (last - first)
+        inside = inside * (last.clamp(max=length) - first.clamp(min=0))
+    return visible + (covered - inside)[:, None]
 
 
 class DropPath(nn.Module):
     """Stochastic depth: drop the residual branch of whole images, scale the kept ones by 1 / (1 − rate)."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, scale: bool = True, per_image: bool = True) -> None:
+        """
+        Args:
+            rate: the probability to drop.
+            scale: whether what is kept is scaled.
+            per_image: draw for each image; or else once for all of them.
+        """
         super().__init__()
-        self.rate = rate
+        self.rate, self.scale, self.per_image = rate, scale, per_image
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         scale = self.draw(x)
@@ -154,8 +242,11 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return None
         pyramid = x.coordinate_manager
-        kept = torch.rand(pyramid.visible.shape[0], device=x.F.device) >= self.rate
-        scale_of_image = kept.to(x.F.dtype) / (1 - self.rate)
+        images = pyramid.visible.shape[0]
+        kept = torch.rand(images if self.per_image else 1, device=x.F.device) >= self.rate
+        scale_of_image = kept.to(x.F.dtype).expand(images)
+        if self.scale and self.rate < 1:
+            scale_of_image = scale_of_image / (1 - self.rate)
         return scale_of_image[pyramid.image_index(stride_of(x))]
 
     def extra_repr(self) -> str:
@@ -180,6 +271,59 @@ def require_same_sites(x: SparseTensor, y: SparseTensor) -> None:
     """
     if x.coordinate_manager is not y.coordinate_manager or x.coordinate_map_key != y.coordinate_map_key:
         raise ValueError("cannot add sparse tensors of different sites")
+
+
+def window_of(
+    in_stride: int,
+    size: Any,
+    stride: Any,
+    dilation: Any = 1,
+    before: Any = 0,
+    behind: Any = None,
+    ceil: bool = False,
+) -> Window:
+    """The geometry of a convolution or pooling in torch's terms; each a number or (down, across).
+
+    Args:
+        in_stride: tensor stride of the input.
+        size: of the kernel.
+        stride: of the outputs.
+        dilation: of the kernel.
+        before, behind: padding on both sides; `behind` is as `before` when None.
+        ceil: `ceil_mode` of pooling: the last output may reach over the padding.
+
+    Raises:
+        ValueError: if the output of a map of length L would not have L / stride sites: its sites would be shifted.
+    """
+    size, dilation, before = _pair(size), _pair(dilation), _pair(before)
+    behind = before if behind is None else _pair(behind)
+    down, across = _pair(stride)
+    window = Window(in_stride, size, down, dilation, before)
+    for span, near, far in zip(window.span, before, behind):
+        # outputs beyond L / stride, for every L that is a multiple of the stride
+        rest = near + far - span
+        more = (-(-rest // down) if ceil else rest // down) + 1
+        if down != across or more:
+            raise ValueError(
+                f"a kernel of {size[0]}×{size[1]} with stride {down}×{across}, padding {before[0]}×{before[1]} and "
+                f"dilation {dilation[0]}×{dilation[1]} shifts sites: the output needs 1/stride of the input's sides"
+            )
+    return window
+
+
+def same_window(in_stride: int, size: Any, stride: Any, dilation: Any = 1) -> Window:
+    """The geometry of "same" padding, as torch, timm and TensorFlow have it: the odd place of padding comes behind."""
+    spans = [step * (each - 1) + 1 for each, step in zip(_pair(size), _pair(dilation))]
+    total = [max(span - step, 0) for span, step in zip(spans, _pair(stride))]
+    before = [padding // 2 for padding in total]
+    return window_of(in_stride, size, stride, dilation, before, [a - b for a, b in zip(total, before)])
+
+
+def _pair(value: Any) -> Pair:
+    if isinstance(value, int):
+        return value, value
+    first, *rest = value
+    return first, rest[0] if rest else first
 
 
 def _in_engine_dtype(x: SparseTensor) -> SparseTensor:

@@ -12,40 +12,60 @@ from torch import Tensor
 from spark_me.devices import copy_to
 from spark_me.sparse.tables import Reads, around_places, rows_read
 
+Pair = tuple[int, int]
+"""(down, across)."""
+
 
 class Window(NamedTuple):
-    """A convolution's or pooling's geometry."""
+    """A convolution's or pooling's geometry.
+
+    The output at position p of its stride reads the inputs at p·stride − before + dilation·k, for k = 0 … size − 1.
+    """
 
     in_stride: int
     """Tensor stride of the input."""
-    kernel_size: int
-    """k; odd kernels are centred, even ones start at the site."""
+    size: Pair
+    """Kernel offsets along each axis."""
     stride: int
     """Steps of the output, in input sites."""
-    dilation: int = 1
+    dilation: Pair
     """Distance of neighbouring kernel offsets, in input sites."""
+    before: Pair
+    """How far the kernel reaches back from its site, in input sites."""
 
     @property
-    def before(self) -> int:
-        """How far the kernel reaches back from its site, in input sites."""
-        return self.dilation * (self.kernel_size // 2) if self.kernel_size % 2 else 0
+    def volume(self) -> int:
+        """K, the number of kernel offsets."""
+        return self.size[0] * self.size[1]
 
     @property
-    def span(self) -> int:
-        """How many input sites the kernel covers along an axis, from the first to the last."""
-        return self.dilation * (self.kernel_size - 1) + 1
+    def span(self) -> Pair:
+        """How many input sites the kernel covers along each axis, from the first to the last."""
+        down, across = (step * (size - 1) + 1 for step, size in zip(self.dilation, self.size))
+        return down, across
 
     @property
     def out_stride(self) -> int:
         """Tensor stride of the output."""
         return self.in_stride * self.stride
 
+    @property
+    def in_engine(self) -> "Window":
+        """The same, where MinkowskiEngine lays it: odd kernels are centred, even ones start at the site."""
+        down, across = (step * (size // 2) if size % 2 else 0 for step, size in zip(self.dilation, self.size))
+        return self._replace(before=(down, across))
+
+
+def square_window(in_stride: int, size: int, stride: int = 1, dilation: int = 1) -> Window:
+    """A square kernel, where MinkowskiEngine lays it."""
+    return Window(in_stride, (size, size), stride, (dilation, dilation), (0, 0)).in_engine
+
 
 class Pairs(NamedTuple):
     """Where one kernel offset finds a neighbour."""
 
-    offset: int
-    """Index of the kernel offset, as MinkowskiEngine numbers them."""
+    offset: Pair
+    """The kernel offset."""
     inputs: Tensor
     """int64 [pairs], input rows."""
     outputs: Tensor
@@ -93,27 +113,76 @@ class Neighbours:
         key = ("sites", window)
         if key not in self._tables:
             side, device = self.side(window.out_stride), self._patches.device
-            offset = torch.arange(window.kernel_size, device=device) * window.dilation
-            # position within the patch of output row i under kernel offset j, along one axis: [side, k]
-            position = torch.arange(side, device=device)[:, None] * window.stride + offset - window.before
-            table = self._rows_at(position.flatten(), window.in_stride)
-            table = table.view(-1, side, window.kernel_size, side, window.kernel_size)  # M y ky x kx
-            self._tables[key] = table.permute(0, 1, 3, 4, 2).reshape(-1, window.kernel_size**2)
+            # position within the patch of output row i under kernel offset j, along each axis: [side, k]
+            down, across = (
+                torch.arange(side, device=device)[:, None] * window.stride
+                + torch.arange(size, device=device) * dilation
+                - before
+                for size, dilation, before in zip(window.size, window.dilation, window.before)
+            )
+            table = self._rows_at(down.flatten(), across.flatten(), window.in_stride)
+            table = table.view(-1, side, window.size[0], side, window.size[1])  # M y ky x kx
+            self._tables[key] = table.permute(0, 1, 3, 4, 2).reshape(-1, window.volume)
         return self._tables[key]
 
-    def of_tiles(self, stride: int, first: int, length: int) -> Tensor:
-        """int64 [M, length, length]: the rows of `stride` in a square around each visible patch.
+    def of_tiles(self, stride: int, first: Pair, length: Pair) -> Tensor:
+        """int64 [M, length[0], length[1]]: the rows of `stride` in a rectangle around each visible patch.
 
         Args:
             stride: tensor stride of the rows.
-            first: where the square starts, in sites from the patch's corner (negative: before it).
-            length: the square's side in sites.
+            first: where the rectangle starts, in sites from the patch's corner (negative: before it).
+            length: the rectangle's sides in sites.
         """
         key = ("tiles", stride, first, length)
         if key not in self._tables:
-            position = torch.arange(first, first + length, device=self._patches.device)
-            self._tables[key] = self._rows_at(position, stride)
+            device = self._patches.device
+            down, across = (torch.arange(start, start + count, device=device) for start, count in zip(first, length))
+            self._tables[key] = self._rows_at(down, across, stride)
         return self._tables[key]
+
+    def outside_of_map(self, stride: int, first: Pair, length: Pair) -> Tensor:
+        """bool [M, length[0], length[1]]: which places of the rectangles of `of_tiles` lie beyond the map."""
+        side = self.side(stride)
+        _, *corners = self._patches.unbind(1)
+        down, across = (
+            (position < 0) | (position >= patches * side)
+            for position, patches in zip(
+                (
+                    corner[:, None] * side + torch.arange(start, start + count, device=corner.device)
+                    for corner, start, count in zip(corners, first, length)
+                ),
+                self._visible.shape[1:],
+            )
+        )
+        return down[:, :, None] | across[:, None, :]
+
+    def mirrored(self, window: Window) -> Tensor:
+        """As `of_sites`, with the sites inside the map, mirrored at its edge, in the place of those outside."""
+        side, (_, *grid) = self.side(window.in_stride), self._visible.shape
+        # |p|, then as far before the last site as it was behind
+        y, x = (
+            torch.minimum(place.abs(), 2 * (patches * side - 1) - place.abs())
+            for place, patches in zip(self._places(window), grid)
+        )
+        image = self.positions(window.out_stride)[0][:, None, None]
+        visible = self._visible[image, y // side, x // side]
+        row = (self._patch_number[image, y // side, x // side] * side + y % side) * side + x % side
+        return torch.where(visible, row, self.sites(window.in_stride)).flatten(1)
+
+    def outside(self, window: Window) -> Tensor:
+        """bool [N_out, K]: whether the place under each kernel offset of each output lies beyond the map."""
+        side, (_, *grid) = self.side(window.in_stride), self._visible.shape
+        down, across = ((place < 0) | (place >= patches * side) for place, patches in zip(self._places(window), grid))
+        return (down | across).flatten(1)
+
+    def _places(self, window: Window) -> tuple[Tensor, Tensor]:
+        """y [N_out, 1, kh] and x [N_out, kw, 1] of what lies under the kernel, in sites of the whole map."""
+        _, *positions = self.positions(window.out_stride)
+        y, x = (
+            position[:, None] * window.stride + torch.arange(size, device=position.device) * step - before
+            for position, size, step, before in zip(positions, window.size, window.dilation, window.before)
+        )
+        return y[:, None, :], x[:, :, None]
 
     def counts(self, window: Window) -> Tensor:
         """int64 [N_out, 1]: how many visible sites lie under the kernel of each output."""
@@ -129,7 +198,7 @@ class Neighbours:
             table = self.of_sites(window)
             present = table < self.sites(window.in_stride)
             self._pairs[window] = [
-                Pairs(offset, table[outputs, offset], outputs)
+                Pairs((offset % window.size[0], offset // window.size[0]), table[outputs, offset], outputs)
                 for offset in range(table.shape[1])
                 if len(outputs := present[:, offset].nonzero().flatten())
             ]
@@ -148,21 +217,27 @@ class Neighbours:
                 across, down = divmod(offset, kernel_size)
                 out_y, out_x = y - (down - reach), x - (across - reach)
                 inputs = ((out_y >= 0) & (out_y < height) & (out_x >= 0) & (out_x < width)).nonzero().flatten()
-                pairs.append(Pairs(offset, inputs, ((image * height + out_y) * width + out_x)[inputs]))
+                pairs.append(Pairs((down, across), inputs, ((image * height + out_y) * width + out_x)[inputs]))
             self._pairs[key] = pairs
         return self._pairs[key]
 
     def inputs_of_outputs(self, window: Window) -> Tensor:
         """int32 [K, N_out]: the input row under each kernel offset of each output; N_in where there is none."""
-        size, side = window.kernel_size, self.side(window.out_stride)
-        reads = Reads(side, size, scale=window.stride, step=window.dilation, first=-window.before, divisor=1)
-        return self._read(reads, window.in_stride)
+        side = self.side(window.out_stride)
+        down, across = (
+            Reads(side, size, scale=window.stride, step=dilation, first=-before, divisor=1)
+            for size, dilation, before in zip(window.size, window.dilation, window.before)
+        )
+        return self._read((down, across), window.in_stride)
 
     def outputs_of_inputs(self, window: Window) -> Tensor:
         """int32 [K, N_in], its transpose: the output that has an input under a kernel offset; N_out if none has."""
-        size, side = window.kernel_size, self.side(window.in_stride)
-        reads = Reads(side, size, scale=1, step=-window.dilation, first=window.before, divisor=window.stride)
-        return self._read(reads, window.out_stride)
+        side = self.side(window.in_stride)
+        down, across = (
+            Reads(side, size, scale=1, step=-dilation, first=before, divisor=window.stride)
+            for size, dilation, before in zip(window.size, window.dilation, window.before)
+        )
+        return self._read((down, across), window.out_stride)
 
     def inputs_of_places(self, stride: int, kernel_size: int) -> Tensor:
         """int32 [K, B·h·w]: as `inputs_of_outputs` of an odd, centred kernel, for every place of the dense map."""
@@ -171,7 +246,8 @@ class Neighbours:
             side, patches = self.side(stride), self.sites(self.patch_size)
             reads = Reads(side, kernel_size, scale=1, step=1, first=-(kernel_size // 2), divisor=1)
             numbers = torch.where(self._visible, self._patch_number, patches)
-            table = rows_read(reads, around_places(numbers, reads.reach(side), patches), side, self.sites(stride))
+            around = around_places(numbers, reads.reach(side), patches)
+            table = rows_read((reads, reads), around, side, self.sites(stride))
             table = table.view(-1, *self._visible.shape, side, side).transpose(3, 4)  # K b row y column x
             self._tables[key] = table.reshape(kernel_size**2, -1)
         return self._tables[key]
@@ -189,27 +265,27 @@ class Neighbours:
             self._tables[key] = table.int().flatten(0, 1)
         return self._tables[key]
 
-    def _read(self, reads: Reads, stride: int) -> Tensor:
-        """The rows of `stride` that the places of the visible patches read."""
+    def _read(self, reads: tuple[Reads, Reads], stride: int) -> Tensor:
+        """The rows of `stride` that the places of the visible patches read, down and across."""
         key = ("reads", reads, stride)
         if key not in self._tables:
             side = self.side(stride)
-            reach = reads.reach(side)
-            around = self.of_tiles(self.patch_size, -reach, 2 * reach + 1)
+            reach = max(axis.reach(side) for axis in reads)
+            around = self.of_tiles(self.patch_size, (-reach, -reach), (2 * reach + 1, 2 * reach + 1))
             self._tables[key] = rows_read(reads, around, side, self.sites(stride))
         return self._tables[key]
 
-    def _rows_at(self, position: Tensor, stride: int) -> Tensor:
-        """int64 [M, L, L]: rows at positions [L] (sites from a patch's corner, may lie outside) down × across."""
+    def _rows_at(self, down: Tensor, across: Tensor, stride: int) -> Tensor:
+        """int64 [M, h, w]: rows at positions down [h] × across [w], in sites from a patch's corner, may lie outside."""
         side = self.side(stride)
-        patch_step = torch.div(position, side, rounding_mode="floor")
-        within = position - patch_step * side
+        row_step, column_step = (torch.div(axis, side, rounding_mode="floor") for axis in (down, across))
+        within_y, within_x = down - row_step * side, across - column_step * side
         image, row, column = self._patches.unbind(1)
         _, grid_rows, grid_columns = self._visible.shape
-        rows, columns = row[:, None] + patch_step, column[:, None] + patch_step  # [M, L]
+        rows, columns = row[:, None] + row_step, column[:, None] + column_step  # M h, M w
         inside = ((rows >= 0) & (rows < grid_rows))[:, :, None] & ((columns >= 0) & (columns < grid_columns))[:, None]
         rows, columns = rows.clamp(0, grid_rows - 1)[:, :, None], columns.clamp(0, grid_columns - 1)[:, None]
         image = image[:, None, None]
         present = inside & self._visible[image, rows, columns]
-        site = (self._patch_number[image, rows, columns] * side + within[:, None]) * side + within[None, :]
+        site = (self._patch_number[image, rows, columns] * side + within_y[:, None]) * side + within_x[None, :]
         return torch.where(present, site, self.sites(stride))

@@ -19,47 +19,48 @@ from spark_me.sparse.images import (
     sum_products_over_images,
 )
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tensor import SparseTensor, stride_of, with_features
+from spark_me.sparse.tensor import SparseLayer, SparseTensor, stride_of, with_features
 from spark_me.sparse.triton_support import computes_in_triton
 
 EPSILON = 1e-6
 """Of the global response norm, beside the mean of the channels' norms."""
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(SparseLayer, nn.LayerNorm):
     """Layer normalisation over the channels of every site: the dtype of x is kept, statistics are float32 at least."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__(channels, eps=eps)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         rows = x.F
         if not rows.is_cuda:
-            return with_features(x, super().forward(rows))
+            out = functional.layer_norm(rows, self.normalized_shape, self.weight, self.bias, self.eps)
+            return with_features(x, out)
         # On a GPU, autocast would convert the rows to float32 and hand that on; and torch's kernel takes one dtype.
         with torch.autocast("cuda", enabled=False):
-            weight, bias = self.weight.to(rows.dtype), self.bias.to(rows.dtype)
+            weight, bias = (None if each is None else each.to(rows.dtype) for each in (self.weight, self.bias))
             return with_features(x, functional.layer_norm(rows, self.normalized_shape, weight, bias, self.eps))
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(SparseLayer, nn.GroupNorm):
     """Group normalisation: mean and biased variance of each image's groups of channels, over its visible sites."""
-
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5, affine: bool = True) -> None:
-        super().__init__(groups, channels, eps=eps, affine=affine)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return _normalise_images(x, self.num_groups, self.eps, self.weight, self.bias)
 
 
-class InstanceNorm2d(nn.InstanceNorm2d):
+class InstanceNorm2d(SparseLayer, nn.InstanceNorm2d):
     """Instance normalisation: mean and biased variance of each image's channels, over its visible sites.
 
     An image with a single site has no variance: its normalised features are zero, where torch refuses to train.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5, affine: bool = False) -> None:
-        super().__init__(channels, eps=eps, affine=affine)
+    def check(self) -> None:
+        """Refuse running statistics, which are of no batch.
+
+        Raises:
+            ValueError: if it keeps them.
+        """
+        if self.track_running_stats:
+            raise ValueError("track_running_stats=True: statistics here are each image's own")
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         return _normalise_images(x, self.num_features, self.eps, self.weight, self.bias)
@@ -69,13 +70,23 @@ class GlobalResponseNorm(nn.Module):
     """Global response normalisation of ConvNeXt V2 (arXiv 2301.00808, section 3.3), per image over its visible sites.
 
     γ·x·G / (mean of G over the channels + 1e-6) + β + x, where G is the L2 norm of a channel over the sites of the
-    image. Statistics are computed in float32 at least; the output has the dtype of the input.
+    image. Statistics are computed in float32 at least; the output has the dtype of the input. γ and β are called weight
+    and bias, as in timm.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(channels))
-        self.beta = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def check(self) -> None:
+        """Refuse another constant beside the mean of the norms.
+
+        Raises:
+            ValueError: for another.
+        """
+        if getattr(self, "eps", EPSILON) != EPSILON:
+            raise ValueError(f"eps={self.eps}: must be {EPSILON}")
 
     def forward(self, x: SparseTensor, gelu: bool = False) -> SparseTensor:
         """Normalise `x`, or, where asked for, GELU of `x`: on a GPU that is one operation, which keeps only `x`."""
@@ -83,14 +94,14 @@ class GlobalResponseNorm(nn.Module):
         if gelu and computes_in_triton(x.F):
             from spark_me.sparse.fused_response_norm import fused_gelu_response_norm
 
-            rows = fused_gelu_response_norm(x.F, self.gamma, self.beta, first_rows(pyramid, stride))
+            rows = fused_gelu_response_norm(x.F, self.weight, self.bias, first_rows(pyramid, stride))
         else:
             rows = functional.gelu(x.F) if gelu else x.F
-            rows = _GlobalResponseNorm.apply(rows, self.gamma, self.beta, pyramid, stride)
+            rows = _GlobalResponseNorm.apply(rows, self.weight, self.bias, pyramid, stride)
         return with_features(x, rows)
 
     def extra_repr(self) -> str:
-        return f"{len(self.gamma)}"
+        return f"{len(self.weight)}"
 
 
 def _normalise_images(

@@ -10,7 +10,7 @@ from spark_me.errors import EngineError
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.neighbours import Neighbours
 
-BACKENDS = ("fused", "minkowski")
+BACKENDS = ("native", "minkowski")
 
 
 class Pyramid(ME.CoordinateManager):
@@ -20,14 +20,14 @@ class Pyramid(ME.CoordinateManager):
     (canonical order), so that row `i` belongs to patch `i // (P/s)²`. MinkowskiEngine finds these maps by their
     stride when a strided layer asks for one: the order holds at every layer, and runs are deterministic.
 
-    The number and places of the sites are known on the host, so no size is ever read back from a device. The `fused`
+    The number and places of the sites are known on the host, so no size is ever read back from a device. The `native`
     backend asks the engine for nothing; the engine's manager is made, and its maps are inserted, when something does.
 
     Attributes:
         visible: bool [B, fh, fw], on the device.
         patch_size: P, a power of two; also the deepest stride.
         backend: how the layers that receive tensors of this pyramid compute.
-        neighbours: index tables of the `fused` backend, built on first use.
+        neighbours: index tables of the `native` backend, built on first use.
     """
 
     _engine_manager: Any = None
@@ -149,11 +149,11 @@ def require_engine_for(gpu: torch.device) -> None:
     """
     if not ME.is_cuda_available():
         raise EngineError(
-            "the installed engine is built for the CPU: run `spark-me engine install --cuda`, or use the backend fused"
+            "the installed engine is built for the CPU: run `spark-me engine install --cuda`, or use the backend native"
         )
     # Its kernels run on the current GPU; some on the default stream, some on the current one.
     if torch.cuda.current_device() != gpu.index or torch.cuda.current_stream(gpu) != torch.cuda.default_stream(gpu):
         raise EngineError(
             f"MinkowskiEngine computes on the current GPU and its default stream alone: call torch.cuda.set_device("
-            f"{gpu.index}) and use no stream of your own, or use the backend fused"
+            f"{gpu.index}) and use no stream of your own, or use the backend native"
         )

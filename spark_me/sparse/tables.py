@@ -34,11 +34,11 @@ class Reads(NamedTuple):
         return max(-(lowest // side), highest // side)
 
 
-def rows_read(reads: Reads, around: Tensor, side: int, missing: int) -> Tensor:
+def rows_read(reads: tuple[Reads, Reads], around: Tensor, side: int, missing: int) -> Tensor:
     """The row that every place reads under every kernel offset, numbered as MinkowskiEngine does (y varies fastest).
 
     Args:
-        reads: along one axis.
+        reads: along each axis, (down, across), of as many places.
         around: [patches, w, w], the numbers of the visible patches around each patch, w = 2·reach + 1; where there is
             none, one past the last.
         side: sites along a patch's side of what is read.
@@ -48,20 +48,26 @@ def rows_read(reads: Reads, around: Tensor, side: int, missing: int) -> Tensor:
         int32 [K, patches · places²], places patch by patch and row-major within a patch.
     """
     patches, width = around.shape[:2]
-    place, offset = (torch.arange(count, device=around.device) for count in (reads.places, reads.offsets))
-    position = reads.scale * place + reads.step * offset[:, None] + reads.first  # k p
-    exact, position = position % reads.divisor == 0, position // reads.divisor
-    patch = position // side
-    within = position - patch * side
-    patch = patch + width // 2
+    (exact_y, patch_y, within_y), (exact_x, patch_x, within_x) = (
+        _cells(axis, side, width, around.device) for axis in reads
+    )
     # x varies slowest among the offsets and fastest among the places: kx ky y x
-    cell = (within[:, :, None] * side + within[:, None, None, :]).flatten(2).flatten(0, 1)
-    index = (patch[:, :, None] * width + patch[:, None, None, :]).flatten(2).flatten(0, 1)
-    exact = (exact[:, :, None] & exact[:, None, None, :]).flatten(2).flatten(0, 1)
+    cell = (within_y[:, :, None] * side + within_x[:, None, None, :]).flatten(2).flatten(0, 1)
+    index = (patch_y[:, :, None] * width + patch_x[:, None, None, :]).flatten(2).flatten(0, 1)
+    exact = (exact_y[:, :, None] & exact_x[:, None, None, :]).flatten(2).flatten(0, 1)
     numbers = functional.pad(around.flatten(1).int(), (0, 1), value=missing // side**2)
     index = torch.where(exact, index, width**2)
     rows = numbers[torch.arange(patches, device=around.device)[:, None], index[:, None]]  # K patch place
     return rows.mul_(side**2).add_(cell[:, None].int()).clamp_(max=missing).flatten(1)
+
+
+def _cells(reads: Reads, side: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis, [offsets, places]: whether anything is read, from which patch around, and where in that."""
+    place, offset = (torch.arange(count, device=device) for count in (reads.places, reads.offsets))
+    position = reads.scale * place + reads.step * offset[:, None] + reads.first
+    exact, position = position % reads.divisor == 0, position // reads.divisor
+    patch = position // side
+    return exact, patch + width // 2, position - patch * side
 
 
 def around_places(numbers: Tensor, reach: int, missing: int) -> Tensor:

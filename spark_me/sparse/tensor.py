@@ -4,13 +4,20 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from spark_me.sparse import fused
+from spark_me.sparse import native
 from spark_me.sparse.minkowski import ME
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.weights.kernels import weight_to_kernel
 
 SparseTensor: TypeAlias = ME.SparseTensor
+
+
+class SparseLayer:
+    """A layer of torch's on sparse tensors: printed, it says so."""
+
+    def _get_name(self) -> str:
+        return f"Sparse{type(self).__name__}"
 
 
 def stride_of(x: SparseTensor) -> int:
@@ -18,9 +25,9 @@ def stride_of(x: SparseTensor) -> int:
     return x.coordinate_map_key.get_tensor_stride()[0]
 
 
-def is_fused(x: SparseTensor) -> bool:
-    """Whether layers compute `x` with the `fused` backend's kernels."""
-    return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "fused"
+def is_native(x: SparseTensor) -> bool:
+    """Whether layers compute `x` with the `native` backend's kernels."""
+    return isinstance(x.coordinate_manager, Pyramid) and x.coordinate_manager.backend == "native"
 
 
 def with_features(x: SparseTensor, features: Tensor) -> SparseTensor:
@@ -86,10 +93,9 @@ def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
     """
     pyramid, stride = x.coordinate_manager, stride_of(x)
     images, height, width = pyramid.extent(stride)
-    kernel_size = weight.shape[-1]
-    kernel = weight_to_kernel(weight, (kernel_size**2, weight.shape[1], weight.shape[0]))
     dtype = compute_dtype(weight)
-    if kernel_size == 1:
-        return to_dense(with_features(x, x.F.to(dtype) @ kernel[0].to(dtype)))
-    rows = fused.convolution_to_raster(x.F.to(dtype), kernel.to(dtype), stride, pyramid)
+    inputs = x.F.to(dtype), weight.to(dtype)
+    if weight.shape[-1] == 1:
+        return to_dense(with_features(x, functional.linear(inputs[0], inputs[1].flatten(1))))
+    rows = native.convolution_to_raster(*inputs, stride, pyramid)
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)

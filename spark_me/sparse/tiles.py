@@ -5,7 +5,7 @@ import itertools
 from torch import Tensor
 from torch.nn import functional
 
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, Pair, Window
 
 
 def _gather(rows: Tensor, table: Tensor, empty: float = 0.0) -> Tensor:
@@ -15,35 +15,44 @@ def _gather(rows: Tensor, table: Tensor, empty: float = 0.0) -> Tensor:
 
 
 def tiles_of(rows: Tensor, window: Window, neighbours: Neighbours, empty: float) -> Tensor:
-    """Every visible patch with the halo that the window needs: [M, C, L, L], channels last in memory."""
-    length = _tile_length(window, neighbours)
-    table = neighbours.of_tiles(window.in_stride, -window.before, length)
+    """Every visible patch with the halo that the window needs: [M, C, h, w], channels last in memory."""
+    (top, left), length = window.before, tile_shape(window, neighbours)
+    table = neighbours.of_tiles(window.in_stride, (-top, -left), length)
     tiles = _gather(rows, table.flatten(1), empty)
-    return tiles.view(-1, length, length, rows.shape[1]).permute(0, 3, 1, 2)
+    return tiles.view(-1, *length, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def _tile_length(window: Window, neighbours: Neighbours) -> int:
-    out_side = neighbours.side(window.out_stride)
-    return (out_side - 1) * window.stride + window.span
+def tile_shape(window: Window, neighbours: Neighbours) -> Pair:
+    """(h, w) of a tile."""
+    steps = (neighbours.side(window.out_stride) - 1) * window.stride
+    height, width = window.span
+    return steps + height, steps + width
 
 
 def fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
-    """Adjoint of `tiles_of`: add every tile's halo to the patch that it came from, [M, C, L, L] → [N, C]."""
-    side, length, start = neighbours.side(window.in_stride), tiles.shape[2], window.before
+    """Adjoint of `tiles_of`: add every tile's halo to the patch that it came from, [M, C, h, w] → [N, C]."""
+    side, (top, left) = neighbours.side(window.in_stride), window.before
+    height, width = tiles.shape[2:]
     images = tiles.permute(0, 2, 3, 1)
-    folded = images[:, start : start + side, start : start + side]
-    unread = side - folded.shape[1]  # a kernel shorter than its stride leaves the patch's last sites out
-    folded = functional.pad(folded, (0, 0, 0, unread, 0, unread)).contiguous()
-    patches = -(-max(start, length - start - side) // side)  # that the halo reaches over
-    steps = range(-patches, patches + 1)
-    around = neighbours.of_tiles(neighbours.patch_size, -patches, len(steps))
+    # the patch itself; a kernel that is shorter than its stride, or starts behind its site, leaves some of it out
+    own_y, tile_y = _overlap(-top, height, side)
+    own_x, tile_x = _overlap(-left, width, side)
+    if own_y == own_x == slice(0, side):
+        folded = images[:, tile_y, tile_x].contiguous()
+    else:
+        folded = images.new_zeros(len(images), side, side, images.shape[3])
+        folded[:, own_y, own_x] = images[:, tile_y, tile_x]
+    # patches that the halo reaches over
+    reach = max(-(-max(start, length - start - side, 0) // side) for start, length in ((top, height), (left, width)))
+    steps = range(-reach, reach + 1)
+    around = neighbours.of_tiles(neighbours.patch_size, (-reach, -reach), (len(steps), len(steps)))
     for down, across in itertools.product(steps, steps):
         # the tile of the patch `down`, `across` of mine starts here in my coordinates
-        mine_y, theirs_y = _overlap(down * side - start, length, side)
-        mine_x, theirs_x = _overlap(across * side - start, length, side)
+        mine_y, theirs_y = _overlap(down * side - top, height, side)
+        mine_x, theirs_x = _overlap(across * side - left, width, side)
         if (down or across) and mine_y.start < mine_y.stop and mine_x.start < mine_x.stop:
             halo = functional.pad(images[:, theirs_y, theirs_x], (0, 0, 0, 0, 0, 0, 0, 1))
-            folded[:, mine_y, mine_x] += halo.index_select(0, around[:, patches + down, patches + across])
+            folded[:, mine_y, mine_x] += halo.index_select(0, around[:, reach + down, reach + across])
     return folded.view(-1, tiles.shape[1])
 
 

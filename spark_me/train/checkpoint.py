@@ -25,7 +25,7 @@ from spark_me.weights.files import require_sound, require_weights
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BEST = "best.pt"
 NAME = re.compile(r"step_(\d{8}|[1-9]\d{8,})\.pt")
 ENTRIES: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {

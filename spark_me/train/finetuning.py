@@ -15,13 +15,13 @@ from spark_me.data.files import fingerprint
 from spark_me.data.labelled import held_out_labelled
 from spark_me.data.loaders import held_out_loader, labelled_train_loader
 from spark_me.data.unreadable import UnreadableFiles
+from spark_me.dense import build_network, classifier_of
 from spark_me.devices import copy_to
 from spark_me.errors import UserError
 from spark_me.sync_batch_norm import convert_sync_batchnorm
 from spark_me.train import distributed
 from spark_me.train.accuracy import predict_all
 from spark_me.train.checkpoint import FINETUNE
-from spark_me.train.drop_path import set_drop_path
 from spark_me.train.finetune_plots import plot_finetuning
 from spark_me.train.layer_decay import LayerDecay
 from spark_me.train.metrics import read_metrics
@@ -30,7 +30,6 @@ from spark_me.train.schedules import count_steps, count_steps_per_epoch
 from spark_me.train.soft_targets import SoftTargets
 from spark_me.train.task import Inputs, require_even_split
 from spark_me.train.unreadable import note_unreadable
-from spark_me.weights.models import build_network
 
 
 class Finetuning:
@@ -56,7 +55,7 @@ class Finetuning:
         self.ema = _average_of(self.model, config.train.ema)
         self.best_by = "held_out_top1" if self.ema is None else "held_out_ema_top1"
         self.targets = SoftTargets(config.train, len(files.classes))
-        self.lr_scale = LayerDecay(config.model.encoder, config.optim.layer_decay).scale
+        self.lr_scale = LayerDecay(self.model, config.optim.layer_decay).scale
         self.held_out = held_out_labelled(files.val, config)
 
     def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
@@ -134,15 +133,15 @@ class Finetuning:
 
 def _build_network(config: FinetuneConfig, classes: int, device: torch.device) -> nn.Module:
     torch.manual_seed(config.run.seed)
-    network: nn.Module = build_network(config.model.encoder, classes, config.model.in_channels)
+    model = config.model
+    network = build_network(model.encoder, classes, model.in_channels, model.drop_path)
     if config.model.classifier_std is not None:
-        *_, classifier = (module for module in network.modules() if isinstance(module, nn.Linear))
+        classifier: Any = classifier_of(network)
         nn.init.normal_(classifier.weight, std=config.model.classifier_std)
         nn.init.zeros_(classifier.bias)
     network.to(device)
     if distributed.world_size() > 1:
         convert_sync_batchnorm(network)
-    set_drop_path(network, config.model.drop_path)
     return network
 
 

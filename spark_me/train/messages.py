@@ -73,14 +73,14 @@ def say_end(config: Config, run: RunDirectory) -> None:
     weights = quoted(written[-1])
     image = "YOUR_PHOTO.jpg" if config.model.in_channels in (1, 3) else "YOUR_IMAGE.npy"
     print(f"more      {command_text('spark-me')} reconstruct {weights} {image} --out photo.png")
-    encoder, layouts = config.model.encoder, layout_names(config.model.encoder)
-    if layouts:  # an encoder of one's own has its own names alone
-        layout = "torchvision" if "torchvision" in layouts else "timm"
-        print(f"weights   {command_text('spark-me')} convert {weights} {encoder}.safetensors --to {layout}")
+    encoder = config.model.encoder
+    layout, *_ = layout_names(encoder)
+    file = encoder.replace("/", "_")
+    print(f"weights   {command_text('spark-me')} convert {weights} {file}.safetensors --to {layout}")
     if config.data.kind == "demo":
         own = f"pretrain {configuration_text('pretrain')} data.root=/path/to/images run.dir=runs/mine"
         print(f"next      {command_text('spark-me')} {own}")
-    elif layouts:
+    else:
         channels = "" if config.model.in_channels == 3 else f" model.in_channels={config.model.in_channels}"
         own = f"finetune {configuration_text('finetune')} model.encoder={encoder}{channels} weights={weights}"
         print(f"next      {command_text('spark-me')} {own} data.root=/path/above/train/and/val run.dir=runs/tuned")

@@ -6,12 +6,10 @@ from typing import Any
 
 from timm.optim import Lamb
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Optimizer
 
 from spark_me.config_schema import OptimConfig
-
-UNDECAYED = ("bias", "beta", "gamma", "layer_scale", "mask_token")
-"""Names of parameters without weight decay, whatever their shape."""
 
 
 def full_rate(name: str) -> float:
@@ -28,6 +26,13 @@ def build_optimizer(model: nn.Module, optim: OptimConfig, lr_scale: Callable[[st
     return AdamW(groups, lr=0.0, betas=betas)
 
 
+def _decays(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a weight: layer scales and mask tokens have several axes, too, but one of more than 1."""
+    if isinstance(module, _ConvNd | nn.Linear):
+        return name == "weight"
+    return sum(size > 1 for size in getattr(module, name).shape) > 1
+
+
 def parameter_groups(model: nn.Module, lr_scale: Callable[[str], float] = full_rate) -> list[dict[str, Any]]:
     """Parameters with weight decay, then those without: norms, biases, layer scales, other vectors and mask tokens.
 
@@ -36,10 +41,13 @@ def parameter_groups(model: nn.Module, lr_scale: Callable[[str], float] = full_r
         lr_scale: parameter's name → its share of the learning rate. Each share has groups of its own.
     """
     groups: dict[tuple[bool, float], list[Tensor]] = {}
+    decays = {
+        id(parameter): _decays(module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
     for name, parameter in model.named_parameters():
-        # MinkowskiEngine keeps a bias as [1, C], so a vector is not known by its rank alone.
-        decayed = parameter.dim() > 1 and name.rpartition(".")[2] not in UNDECAYED
-        groups.setdefault((decayed, lr_scale(name)), []).append(parameter)
+        groups.setdefault((decays[id(parameter)], lr_scale(name)), []).append(parameter)
     return [
         {"params": parameters, "decayed": decayed, "lr_scale": scale}
         for (decayed, scale), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)

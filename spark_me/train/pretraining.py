@@ -128,7 +128,7 @@ class Pretraining:
 
 def _require_two_values(model: SparK, config: Config) -> None:
     visible = config.train.batch_size // config.train.accumulate * count_visible(model.grid, model.mask_ratio)
-    if visible < 2 and any(isinstance(module, nn.BatchNorm1d) for module in model.encoder.modules()):
+    if visible < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.encoder.modules()):
         raise UserError(
             f"train.batch_size={config.train.batch_size}: a batch has one visible patch, and the norms of the deepest "
             "scale need two values: raise train.batch_size or model.image_size"

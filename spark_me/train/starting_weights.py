@@ -10,6 +10,7 @@ from torch import nn
 from spark_me.config import AnyConfig, parse_config
 from spark_me.config_data import statistics_of
 from spark_me.config_finetune import SCRATCH, FinetuneConfig
+from spark_me.dense import build_network
 from spark_me.errors import UserError, printable
 from spark_me.files import is_file
 from spark_me.train import distributed
@@ -17,7 +18,7 @@ from spark_me.train.checkpoint import FINETUNE, PRETRAIN
 from spark_me.train.run_directory import RunDirectory
 from spark_me.weights.download import is_url, local_file
 from spark_me.weights.files import read_content
-from spark_me.weights.models import PUBLISHED, build_network
+from spark_me.weights.models import PUBLISHED
 from spark_me.weights.transfer import load_weights
 
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from spark_me.errors import UserError, shown
 from spark_me.files import atomic_write, check_output, is_file
-from spark_me.weights.layout_rules import Layout
-from spark_me.weights.layouts import LAYOUTS, WRAPPERS
+from spark_me.weights.layouts import LAYOUTS, Layout
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pth", ".pt", SAFETENSORS)
 PICKLE = ".pkl"
 """Only ever written: reading it would run what is in it."""
+# Under which entries files keep their state dict; none of them is the name of a tensor.
+WRAPPERS = ("state_dict", "model", "module")
 DEEPEST = 8
 """Entries that are looked for within each other; a file may hold one that holds itself."""
 CARD = "spark_me"
@@ -174,17 +175,26 @@ def read_card(path: Path) -> dict[str, str]:
     Raises:
         UserError: as `read_state`.
     """
-    if path.suffix == SAFETENSORS:
-        read_content(path)
-        with _safetensors().safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
-    content = read_content(path)
-    for place in (content, getattr(content, "_metadata", None)):
-        card = place.get(CARD) if isinstance(place, Mapping) else None
-        if isinstance(card, Mapping):
-            return dict(card)
-    return {}
+    return _card_of(path, read_content(path))
+
+
+def stated_encoder(path: Path, content: Any) -> str | None:
+    """The encoder that a file says it holds: its model card, or the configuration in a checkpoint of ours.
+
+    Args:
+        path: the file.
+        content: of it.
+    """
+    stated: Any = _card_of(path, content).get("encoder")
+    config = content.get("config") if isinstance(content, Mapping) else None
+    if stated is None and isinstance(config, str):
+        try:
+            import yaml
+
+            stated = yaml.safe_load(config)["model"]["encoder"]
+        except Exception:  # no YAML here, or none in the file: it says nothing
+            return None
+    return stated if isinstance(stated, str) else None
 
 
 def check_target(path: Path, to: str, *inputs: str | os.PathLike[str]) -> None:
@@ -203,6 +213,18 @@ def check_target(path: Path, to: str, *inputs: str | os.PathLike[str]) -> None:
     if path.suffix not in suffixes:
         raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(suffixes)}")
     check_output(path, *inputs)
+
+
+def _card_of(path: Path, content: Any) -> dict[str, str]:
+    if path.suffix == SAFETENSORS:
+        with _safetensors().safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
+    for place in (content, getattr(content, "_metadata", None)):
+        card = place.get(CARD) if isinstance(place, Mapping) else None
+        if isinstance(card, Mapping):
+            return dict(card)
+    return {}
 
 
 def _load_safetensors(package: ModuleType, path: Path) -> dict[str, Tensor]:

@@ -2,18 +2,15 @@
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from spark_me.encoders.registry import CONVNEXTS, RESNETS
-from spark_me.errors import UserError, install_text
-from spark_me.weights.dense import DenseConvNeXt, DenseResNet
+from torch import nn
+
+from spark_me.dense import build_network
+from spark_me.errors import UserError
+from spark_me.networks import TIMM, list_encoders, require_known
 from spark_me.weights.transfer import load_weights
-
-if TYPE_CHECKING:
-    from spark_me.weights.dense_timm import DenseConvNeXtV2
-
-    DenseNetwork = DenseResNet | DenseConvNeXt | DenseConvNeXtV2
 
 
 class Published(NamedTuple):
@@ -51,11 +48,11 @@ PUBLISHED = {
 
 
 def list_models() -> list[str]:
-    """Names that `get_model` accepts: published weights, then plain encoders."""
-    return [*PUBLISHED, *RESNETS, *CONVNEXTS]
+    """Names of published weights, then of plain encoders; `get_model` takes torchvision's and timm's others, too."""
+    return [*PUBLISHED, *list_encoders()]
 
 
-def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, in_channels: int = 3) -> "DenseNetwork":
+def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, in_channels: int = 3) -> nn.Module:
     """A dense network for use downstream, with `extract_feat`: torchvision's, for ConvNeXt V2 timm's.
 
     It is in evaluation mode. For training call `network.train()`: batch norms then take the statistics of the batch,
@@ -64,7 +61,8 @@ def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, i
     values 0-255, as those of the published weights were.
 
     Args:
-        name: one of `list_models()`. Fine-tuned names have a classifier of 1000 classes, the others none.
+        name: one of `list_models()`, or another of torchvision or `timm/NAME`. Fine-tuned names have a classifier of
+            1000 classes, the others none.
         pretrained: True downloads the published weights into torch.hub's cache and checks their SHA-256; a path or URL
             loads that file, of any known layout; False leaves the weights random.
         in_channels: channels of the images.
@@ -74,8 +72,8 @@ def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, i
             missing where it is needed.
         WeightsError: if the file's tensors do not fit.
     """
-    if name not in list_models():
-        raise UserError(f"unknown model {name!r}: {nearest(name, list_models())}")
+    if name not in PUBLISHED:
+        _require_known(name)
     row = PUBLISHED.get(name, Published(name, None, ""))
     if pretrained is True and not row.url:
         trained = ", ".join(key for key, other in PUBLISHED.items() if other.encoder == name)
@@ -88,34 +86,16 @@ def get_model(name: str, pretrained: bool | str | os.PathLike[str] = False, *, i
     return network.eval()
 
 
+def _require_known(name: str) -> None:
+    try:
+        require_known(name)
+    except UserError:
+        if name.startswith(TIMM):
+            raise
+        raise UserError(f"unknown model {name!r}: {nearest(name, list_models())}") from None
+
+
 def nearest(name: str, names: Sequence[str]) -> str:
     """What to do about an unknown name."""
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
-
-
-def build_network(encoder: str, num_classes: int | None = None, in_channels: int = 3) -> "DenseNetwork":
-    """A dense network with random weights.
-
-    Args:
-        encoder: one of `list_models()` that is no name of published weights.
-        num_classes: of its classifier; None for none.
-        in_channels: channels of the images.
-
-    Raises:
-        UserError: if timm is missing where it is needed.
-    """
-    return _network_type(encoder)(encoder, num_classes, in_channels)
-
-
-def _network_type(encoder: str) -> Callable[[str, int | None, int], "DenseNetwork"]:
-    if encoder in RESNETS:
-        return DenseResNet
-    version, _, _ = CONVNEXTS[encoder]
-    if version == 1:
-        return DenseConvNeXt
-    try:
-        from spark_me.weights.dense_timm import DenseConvNeXtV2
-    except ModuleNotFoundError as error:
-        raise UserError(f"{encoder} as a dense network needs timm: {install_text('train')}") from error
-    return DenseConvNeXtV2

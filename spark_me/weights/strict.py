@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from spark_me.errors import UserError, shown
-from spark_me.weights.architectures import IMAGE_TENSORS
-from spark_me.weights.rows import COUNTER, Shape
+from spark_me.weights.expected import COUNTER, ENCODER, Architecture, Shape
 
 LISTED = 12
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,6 +48,7 @@ def check_tensors(
     needed: Mapping[str, Shape],
     where: str,
     *,
+    architecture: Architecture,
     causes: Sequence[str] = (),
     label: Callable[[str], str] = str,
 ) -> None:
@@ -57,6 +57,7 @@ def check_tensors(
     Args:
         found, needed: canonical name → shape.
         where: the start of the message: the file, and what it should fit.
+        architecture: whose names they are.
         causes: what the caller knows to be the cause: it is said in place of the lists.
         label: how a name is written in the message.
 
@@ -78,7 +79,7 @@ def check_tensors(
         if items
     ]
     if problems:
-        likely = ", ".join(_shape_causes(mismatched))
+        likely = ", ".join(_shape_causes(mismatched, architecture))
         listed = f"{'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
         message = f"{where}: {', '.join(causes) or listed}"
         labelled = {label(name): shapes for name, shapes in mismatched.items()}
@@ -111,18 +112,19 @@ def show(shape: Shape) -> str:
     return shown("×".join(map(str, shape))) or "a scalar"
 
 
-def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]]) -> list[str]:
+def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]], architecture: Architecture) -> list[str]:
     """What differences of shape usually come from, each with what to do."""
     causes = {}
     for name, (found, needed) in mismatched.items():
-        part = name.partition(".")[0]
-        if name in IMAGE_TENSORS and len(found) == 4:
+        part = architecture.part_of(name)
+        is_image = name == ENCODER + architecture.image_weight
+        if is_image and len(found) == 4:
             causes["channels"] = f"another number of image channels (in_channels={found[1]} would fit)"
-        elif name in IMAGE_TENSORS or name.startswith("decoder.projection."):
+        elif is_image or name.startswith("decoder.projection."):
             causes.setdefault("channels", "another number of image channels (in_channels)")
         elif part in ("densify", "decoder"):
             causes["width"] = "another decoder width (decoder_width)"
-        elif part == "fc":
+        elif part == "classifier" and found and needed:
             causes["classes"] = f"a classifier of {found[0]} classes instead of {needed[0]}"
         else:
             causes["blocks"] = "other blocks or widths (a variant such as Wide ResNet, or another encoder)"

@@ -1,19 +1,20 @@
-"""Weights into and out of models: SparK, bare encoders, and plain dense networks."""
+"""Weights into and out of models: SparK, sparse encoders, and dense networks."""
 
 import logging
 import os
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from spark_me.errors import UserError, printable
-from spark_me.weights.canonical import OPTIONAL_PARTS, Weights, from_canonical, part_of, to_canonical
+from spark_me.weights.canonical import PREFIXES, Weights, from_canonical, to_canonical
 from spark_me.weights.download import local_file
+from spark_me.weights.expected import ENCODER, SPARK, architecture_in
 from spark_me.weights.files import bare_state, read_state
 from spark_me.weights.kernels import weight_to_kernel
-from spark_me.weights.layout_rules import KERNEL, WEIGHT
-from spark_me.weights.own import dense_state, load_same
+from spark_me.weights.layouts import DENSE, KERNEL, SPARK_ME
 from spark_me.weights.strict import check_tensors, require_numbers
 
 _log = logging.getLogger(__name__)
@@ -35,15 +36,14 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     are, and says so. The classifier head may be absent on either side, which is said too.
 
     Args:
-        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
-            With an encoder of one's own, a state dict or file of the very same names loads.
+        model: a SparK model, its encoder, or a dense network: `get_model`'s, torchvision's, timm's or one's own.
         source: path or URL of a .pth or .safetensors file, or a state dict.
 
     Raises:
-        UserError: if the source cannot be read or holds what is no finite number, or the layout of source or model is
-            not known.
+        UserError: if the source cannot be read or holds what is no finite number, or its layout is not known.
         WeightsError: for missing or unexpected keys, and for other shapes, with the likely cause.
     """
+    model = _unwrapped(model)
     target = model.state_dict()
     if isinstance(source, Mapping):
         where = "the state dict"
@@ -51,18 +51,14 @@ def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str,
     else:
         where, state = str(source), read_state(local_file(source))
     require_numbers(state, where, like=target)
-    try:
-        own = to_canonical(target, "the model")
-    except UserError:  # no table knows an encoder of one's own
-        load_same(model, state, where)
-        return Loaded(type(getattr(model, "encoder", model)).__name__, "spark_me", ())
-    weights = to_canonical(state, where)
+    own = weights_of(model)
+    weights = to_canonical(state, where, likely=own.architecture)
     notes = weights.notes + _check(weights, own, where)
-    for name, tensor in weights.tensors.items():
-        key = own.keys.get(name)
-        if key is not None:
-            shape = target[key].shape  # the canonical one is equal, but for what the model's layout declares
-            target[key] = weight_to_kernel(tensor, shape) if key.endswith(KERNEL) else tensor.reshape(shape)
+    for name, key in own.keys.items():
+        if name in weights.tensors:
+            shape = target[key].shape  # the canonical one is equal, but for what the model's own layout declares
+            fill = weight_to_kernel if own.layout == "fcmae" and key.endswith(KERNEL) else Tensor.reshape
+            target[key] = fill(weights.tensors[name], shape)
     model.load_state_dict(target, strict=True)
     for note in notes:
         _log.warning("%s: %s", printable(where), note)
@@ -73,38 +69,78 @@ def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, T
     """A model's weights as the state dict of another layout, on the CPU, independent of the model.
 
     Args:
-        model: a SparK model, one of its encoders, or a dense network with torchvision's or timm's names (`get_model`).
+        model: a SparK model, its encoder, or a dense network: `get_model`'s, torchvision's, timm's or one's own.
         layout: torchvision, timm, official, mmpretrain, detectron2, fcmae or spark_me. Decoder and mask tokens are left
-            out where the layout has no place for them. "dense", for any encoder, one's own too: its own names, with the
-            weights of dense layers.
+            out where the layout has no place for them. "dense", for any encoder: the dense network's own names.
 
     Raises:
         UserError: for an unknown layout, one that cannot hold the encoder, or a model that is none of these.
     """
-    if layout == "dense":
-        state = dense_state(model)
-    else:
-        state, _, _ = from_canonical(to_canonical(model.state_dict(), "the model"), layout)
-    return {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()}
+    state, _, _ = from_canonical(weights_of(_unwrapped(model)), layout)
+    # Encoders keep kernels in another order of memory.
+    plain = torch.contiguous_format
+    return {key: tensor.detach().to("cpu", copy=True, memory_format=plain) for key, tensor in state.items()}
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """A model's own tensors, by the encoder that it has by name where it is one of those.
+
+    Raises:
+        UserError: if it is neither a SparK model nor a convnet.
+    """
+    state, encoder = model.state_dict(), getattr(model, "encoder", model)
+    try:
+        return to_canonical(
+            state, "the model", likely=getattr(encoder, "network", getattr(encoder, "encoder_name", None))
+        )
+    except UserError as error:
+        whole: Any = model if hasattr(model, "densify") else None
+        try:
+            architecture = architecture_in(model if whole is None else whole.encoder)
+        except UserError:
+            architecture = None
+        if architecture is None:
+            raise error from None
+    prefix = "" if whole is None else ENCODER
+    keys = {str(architecture.canonical(name)): prefix + name for name in architecture.shapes}
+    keys |= {name: name for name in state if whole is not None and name.startswith(SPARK)}
+    tensors = {name: state[key] for name, key in keys.items()}
+    return Weights(architecture, DENSE if whole is None else SPARK_ME, tensors, keys)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model in what training wrappers make of it."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in model.state_dict()):
+            return _unwrapped(model.get_submodule(prefix[:-1]))
+    return model
 
 
 def _check(weights: Weights, own: Weights, where: str) -> tuple[str, ...]:
     """Compare weights with a model's own, part by part, and say which parts only one of them has."""
     shared = weights.parts & own.parts
     check_tensors(
-        {name: tuple(tensor.shape) for name, tensor in weights.tensors.items() if part_of(name) in shared},
-        {name: tuple(tensor.shape) for name, tensor in own.tensors.items() if part_of(name) in shared},
+        {name: shape for name, shape in _shapes(weights).items() if weights.architecture.part_of(name) in shared},
+        {name: shape for name, shape in _shapes(own).items() if own.architecture.part_of(name) in shared},
         f"{where}: does not fit the model",
+        architecture=own.architecture,
         causes=(
             [f"the file holds a {weights.encoder}, the model is a {own.encoder}: take the one encoder for both"]
             if weights.encoder != own.encoder
             else []
         ),
-        # Shapes are compared as those of dense weights, so a kernel is called a weight here.
-        label=lambda name: own.keys.get(name, name).replace(KERNEL, WEIGHT),
+        label=lambda name: own.keys.get(name, name),
     )
     kept, dropped = own.parts - shared, weights.parts - shared
     return tuple(
-        [f"has no {text}: the model keeps its own" for part, text in OPTIONAL_PARTS.items() if part in kept]
-        + [f"{text} left out: the model has none" for part, text in OPTIONAL_PARTS.items() if part in dropped]
+        [f"has no {text}: the model keeps its own" for part, text in own.architecture.texts().items() if part in kept]
+        + [
+            f"{text} left out: the model has none"
+            for part, text in weights.architecture.texts().items()
+            if part in dropped
+        ]
     )
+
+
+def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}

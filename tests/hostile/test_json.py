@@ -35,7 +35,7 @@ CASE = {"encoder": "resnet50", "batch": 8, "image_size": [224, 224], "dtype": "f
 TIMES = {
     "machine": MACHINE,
     "case": CASE,
-    "scopes": [{"scope": "encoder", "rows": [ROW], "left_out": {"fused": "no"}, "floor_seconds": 1.0, "tables": None}],
+    "scopes": [{"scope": "encoder", "rows": [ROW], "left_out": {"native": "no"}, "floor_seconds": 1.0, "tables": None}],
 }
 BATCHES = {
     "machine": MACHINE,
