@@ -350,8 +350,8 @@ def _require_head(network: nn.Module, probe: _Probe, error: Exception) -> None:
     tensors = [result for other in node.all_input_nodes if isinstance(result := probe.results.get(other), Tensor)]
     if not tensors or any(tensor.dim() > 2 for tensor in tensors):
         raise UserError(
-            f"{type(network).__name__}: {place_of(node)}: {_first_line(error)}: images of every size that is a multiple "
-            "of the total stride have to pass; build it for any size, or without this part"
+            f"{type(network).__name__}: {place_of(node)}: {_first_line(error)}: images of every size that is a "
+            "multiple of the total stride have to pass; build it for any size, or without this part"
         ) from error
 
 
