@@ -210,8 +210,9 @@ your own is tried by `spark_me.sparsify(network)`, one by name by `spark-me enco
 
 *Convert*: made sparse without values. *Computed*: the smallest of the family also in float64, with nothing masked, at
 two image sizes (H ≠ W), every map against that of the dense network's own forward; *largest error* relative to the
-map's largest value. With masks, training mode, gradients and running statistics, tests/test_encoder.py compares 34 of
-them with the dense simulation. Parameters are the encoder's, without what follows its last map; scales are channels@stride.
+map's largest value. With masks, in training mode, with gradients and running statistics, tests/test_encoder.py compares
+34 of them with the dense simulation. Parameters are the encoder's, without what follows its last map; scales are
+channels@stride.
 """
 
 
