@@ -129,6 +129,9 @@ POINTWISE = {
     "sigmoids": lambda self, x: (
         torch.sigmoid(x) + (x * 2).sigmoid_() + torch.tanh(x) + (x * 2).tanh_() + F.hardsigmoid(x) + F.hardswish(x)
     ),
+    "over_channels_by_place": lambda self, x: (
+        x.norm(2, 1, True) * x + x.mean(1, True) * x.norm(p=2, dim=1, keepdim=True)
+    ),
     "softs": lambda self, x: (
         F.mish(x) + F.softplus(x) + F.softsign(x) + F.hardtanh(x) + F.hardtanh_(x * 2) + F.logsigmoid(x)
     ),

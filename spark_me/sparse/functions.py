@@ -355,7 +355,7 @@ def _reduced(call: Call) -> Row:
     axes = [value.axes[each] for each in dims]
     if axes and all(isinstance(axis, int) for axis in axes):
         places = [1 + _channel_place(value, each) for each in dims]
-        return _OfChannels(call, value.channels, places)
+        return _OfChannels(call, value.channels, places, place_of_dim)
     if sorted(map(str, axes)) not in (["H", "W"], ["HW"]) or not isinstance(call.out, Value) or not call.out.of_images:
         raise ValueError(
             f"reduces {', '.join(map(str, axes)) or 'all'} of {shown_axes(value)}: over height and width, or channels"
@@ -413,12 +413,17 @@ class _OfChannels:
     call: Call
     shape: tuple[int, ...]
     places: list[int]
+    place_of_dim: int
+    """Of `dim` among the function's arguments."""
 
     def __call__(self, x: SparseTensor) -> SparseTensor:
         dim: Any = self.places if len(self.places) > 1 else self.places[0]
-        others = {name: each for name, each in self.call.kwargs.items() if name not in ("dim", "axis")}
-        args = [each for each in self.call.args[1:] if each is not self.call.args[1]] if len(self.call.args) > 1 else []
-        out = self.call.function(x.F.view(-1, *self.shape), *args, dim=dim, **others)
+        args, kwargs = list(self.call.args[1:]), dict(self.call.kwargs)
+        if len(args) >= self.place_of_dim:
+            args[self.place_of_dim - 1] = dim
+        else:
+            kwargs["axis" if "axis" in kwargs else "dim"] = dim
+        out = self.call.function(x.F.view(-1, *self.shape), *args, **kwargs)
         return with_features(x, _joined_rows(out))
 
 
