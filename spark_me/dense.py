@@ -27,7 +27,9 @@ class Features:
         """Images [B, C, H, W], normalised as in training → maps [B, C_i, H/s_i, W/s_i], shallow to deep."""
         module: Any = self
         maps: tuple[Tensor, ...]
-        maps = fx.Interpreter(module, graph=graph_of_maps(self.traced)).run(images, enable_io_processing=False)
+        if "_graph" not in self.__dict__:
+            self.__dict__["_graph"] = graph_of_maps(self.traced)
+        maps = fx.Interpreter(module, graph=self.__dict__["_graph"]).run(images, enable_io_processing=False)
         return maps
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -72,7 +74,7 @@ class Features:
         return traced
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_traced"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_traced", "_graph")}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (_base_of(type(self)),), self.__getstate__()

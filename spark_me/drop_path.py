@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spark_me.errors import UserError
+from spark_me.trace import library_types
 
 
 def set_drop_path(network: nn.Module, rate: float) -> None:
@@ -20,7 +21,7 @@ def set_drop_path(network: nn.Module, rate: float) -> None:
         UserError: for a network that has neither.
     """
     own = [module for module in network.modules() if type(module).__name__ in ("StochasticDepth", "DropPath")]
-    ends = [norm for _, norm in residual_ends(network)]
+    ends = [*residual_ends(network)]
     blocks: list[Any] = own or ends
     if not blocks and rate:
         raise UserError(
@@ -56,29 +57,20 @@ def start_residuals(network: nn.Module, weight: float) -> bool:
     Returns:
         Whether the network has such norms.
     """
-    norms = [norm for _, norm in residual_ends(network)]
+    norms = [*residual_ends(network)]
     for norm in norms:
         nn.init.constant_(norm.weight, weight)
     return bool(norms)
 
 
-def residual_ends(network: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Paths of the last norms of residual branches, and these norms: of torchvision's and timm's ResNets."""
-    kinds = _blocks_of_libraries()
-    for path, module in network.named_modules():
+def residual_ends(network: nn.Module) -> Iterator[Any]:
+    """The last norms of residual branches: of torchvision's and timm's ResNets."""
+    kinds = tuple(kind for _, kind in library_types(RESNET_BLOCKS))
+    for module in network.modules():
         if isinstance(module, kinds):
-            name = "bn3" if hasattr(module, "bn3") else "bn2"
-            norm = getattr(module, name)
+            norm = getattr(module, "bn3", None) or module.bn2
             if isinstance(norm, _BatchNorm) and norm.weight is not None:
-                yield f"{path}.{name}", norm
+                yield norm
 
 
-def _blocks_of_libraries() -> tuple[type, ...]:
-    kinds: list[type] = []
-    for library in ("torchvision.models.resnet", "timm.models.resnet"):
-        try:
-            module = __import__(library, fromlist=["*"])
-        except ImportError:
-            continue
-        kinds += [module.BasicBlock, module.Bottleneck]
-    return tuple(kinds)
+RESNET_BLOCKS = dict.fromkeys(("torchvision.models.resnet", "timm.models.resnet"), ("BasicBlock", "Bottleneck"))

@@ -3,10 +3,10 @@
 Needs torch alone: weights are checked, and dense networks give their maps, without MinkowskiEngine.
 """
 
-import math
+import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -201,9 +201,9 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self) -> None:
-        super().__init__(autowrap_modules=(math, *_modules_of_timm()))
+        super().__init__()
         self.record_stack_traces = True
-        library_leaves()
+        LEAVES.update(kind for _, kind in library_types(LIBRARY_LEAVES))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if leaf_type(type(m)) is not None:
@@ -254,17 +254,17 @@ def leaf_type(kind: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
-def library_leaves() -> None:
-    """Add torchvision's and timm's layers that are one operation each, where these libraries are installed."""
-    for name, types in LIBRARY_LEAVES.items():
+def library_types(table: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Any]]:
+    """Names and classes of a table by module, as far as the libraries are installed."""
+    for library, names in table.items():
         try:
-            module = __import__(name, fromlist=["*"])
+            module = importlib.import_module(library)
         except ImportError:
             continue
-        LEAVES.update(getattr(module, each) for each in types if hasattr(module, each))
+        yield from ((name, getattr(module, name)) for name in names if hasattr(module, name))
 
 
-LIBRARY_LEAVES = {
+LIBRARY_LEAVES: dict[str, tuple[str, ...]] = {
     "torchvision.ops": ("StochasticDepth", "FrozenBatchNorm2d"),
     "torchvision.models.convnext": ("LayerNorm2d",),
     "timm.layers": (
@@ -289,10 +289,7 @@ LIBRARY_LEAVES = {
     "timm.layers.grn": ("GlobalResponseNorm",),
     "timm.layers.pool2d_same": ("AvgPool2dSame", "MaxPool2dSame"),
 }
-
-
-def _modules_of_timm() -> Sequence[Any]:
-    return ()
+"""Layers of torchvision and timm that are one operation each, by module."""
 
 
 class _Probe(fx.Interpreter):

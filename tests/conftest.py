@@ -41,6 +41,20 @@ def contract_masks() -> Tensor:
     return masks
 
 
+def dense_input(dtype: torch.dtype, channels: int = 5, side: int = 8) -> Tensor:
+    """Noise [6, C, 3·side, 4·side] for `contract_masks`."""
+    noise = torch.randn(
+        6, channels, 3 * side, 4 * side, dtype=torch.float64, generator=torch.Generator().manual_seed(11)
+    )
+    return noise.to(dtype)
+
+
+def mask_at(visible: Tensor, height: int) -> Tensor:
+    """`visible` [B, fh, fw] on maps of a height: [B, 1, h, w]."""
+    side = height // visible.shape[1]
+    return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param

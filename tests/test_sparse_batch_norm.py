@@ -37,7 +37,7 @@ def encoder_of(kind, stride):
     """A residual block of torchvision's between two convolutions, which drops its branch, at a total stride of 8."""
     shortcut = nn.Sequential(nn.Conv2d(8, 8, 1, stride, bias=False), nn.BatchNorm2d(8)) if stride > 1 else None
     block = kind(8, 8 // kind.expansion, stride, shortcut)
-    for _, norm in residual_ends(block):
+    for norm in residual_ends(block):
         drop_after(norm, 0.4)
     network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), block, nn.Conv2d(8, 8, 2 // stride, 2 // stride))
     return sparsify(randomise(network)).to(DEVICE)

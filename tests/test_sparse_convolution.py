@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contract_masks
+from conftest import contract_masks, dense_input, mask_at
 from torch import nn
 from torch.nn import functional
 
@@ -13,17 +13,6 @@ from spark_me import sparse
 from spark_me.sparse.modules import dressed
 
 PATCH = 8
-
-
-def dense_input(dtype, channels=5, side=PATCH):
-    visible = contract_masks()
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(len(visible), channels, 3 * side, 4 * side, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def mask_at(visible, height):
-    side = height // visible.shape[1]
-    return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
 
 def compare_convolution(arguments, backend, assert_close, side=PATCH, dtype=torch.float64, padding=(0, 0, 0, 0)):

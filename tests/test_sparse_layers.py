@@ -2,23 +2,12 @@
 
 import pytest
 import torch
-from conftest import contract_masks
+from conftest import contract_masks, dense_input, mask_at
 
 from spark_me import sparse
 
 PATCH = 8
 DTYPES = [torch.float64, torch.float32]
-
-
-def dense_input(dtype, channels=5, side=PATCH):
-    visible = contract_masks()
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(len(visible), channels, 3 * side, 4 * side, dtype=torch.float64, generator=generator).to(dtype)
-
-
-def mask_at(visible, height):
-    side = height // visible.shape[1]
-    return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
 
 def pyramid(backend="minkowski"):

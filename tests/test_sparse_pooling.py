@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import contract_masks
+from conftest import contract_masks, dense_input, mask_at
 from torch import nn
 from torch.nn import functional
 
@@ -13,17 +13,6 @@ from spark_me import sparse
 from spark_me.errors import EngineError
 
 PATCH = 8
-
-
-def dense_input(channels=5, side=PATCH):
-    visible = contract_masks()
-    generator = torch.Generator().manual_seed(11)
-    return torch.randn(len(visible), channels, 3 * side, 4 * side, dtype=torch.float64, generator=generator)
-
-
-def mask_at(visible, height):
-    side = height // visible.shape[1]
-    return visible.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
 
 def pyramid(backend="minkowski"):
@@ -54,7 +43,7 @@ def pooled(x, reduce, **options):
 
 
 def compare_pooling(layer, backend, assert_close, side, reduce, **options):
-    ours, theirs = (dense_input(2, side).requires_grad_() for _ in range(2))
+    ours, theirs = (dense_input(torch.float64, 2, side).requires_grad_() for _ in range(2))
     layer.check()
     sites = sparse.to_sparse(ours, pyramid(backend), PATCH // side)
     if backend == "minkowski" and (window := layer.window(1)) != window.in_engine:
@@ -117,7 +106,7 @@ def test_zeros_around_the_map_count_in_max_pooling_and_hidden_ones_do_not(size, 
         largest = (under.values - 2).amax(dim=0)  # negative, as a rule
         return largest.clamp(min=0) if under.beyond else largest
 
-    x = dense_input(2, side)
+    x = dense_input(torch.float64, 2, side)
     actual = sparse.to_dense(layer(sparse.to_sparse(x - 2, pyramid("native"), PATCH // side)))
     expected = pooled(x, reduce, size=size, stride=2, before=before)
     assert ((expected == 0) & mask_at(contract_masks(), expected.shape[2])).any() and (expected < 0).any()
@@ -170,7 +159,7 @@ AVERAGES = [
 def test_average_pooling_divides_as_torch_does(arguments, include, divisor, backend, assert_close):
     layer = sparse.AvgPool2d(**arguments, count_include_pad=include, divisor_override=divisor)
     geometry = layer.window(1)
-    size, before, x = geometry.size, geometry.before, dense_input(2, 4)
+    size, before, x = geometry.size, geometry.before, dense_input(torch.float64, 2, 4)
     reduce = divided((before, before), x, include, divisor)
     compare_pooling(layer, backend, assert_close, 4, reduce, size=size, stride=geometry.stride, before=before)
     if backend == "minkowski" and geometry != geometry.in_engine:
@@ -182,14 +171,14 @@ def test_average_pooling_divides_as_torch_does(arguments, include, divisor, back
 
 
 def test_zeros_around_the_map_count_as_sites_in_average_pooling(assert_close):
-    layer, x = sparse.AvgPool2d(3, 2), dense_input(2, 4)
+    layer, x = sparse.AvgPool2d(3, 2), dense_input(torch.float64, 2, 4)
     layer.around = (0, 0), (1, 1)
     reduce = divided(layer.around, x, include=True)
     compare_pooling(layer, "native", assert_close, 4, reduce, size=(3, 3), stride=2)
 
 
 def test_max_pool_of_negative_features_never_takes_an_empty_site(backend):
-    dense = -1 - dense_input().abs()
+    dense = -1 - dense_input(torch.float64).abs()
     pooled = sparse.MaxPool2d(3, 2, 1)(sparse.to_sparse(dense, pyramid(backend)))
     assert pooled.F.max() <= -1
     # the dense simulation fills empty sites with zero, which wins over every negative feature beside it

@@ -24,6 +24,7 @@ from spark_me.sparse.layers import add, convolve, same_window, window_of
 from spark_me.sparse.modules import layer_of, require_channels_last, shown_axes
 from spark_me.sparse.neighbours import Window
 from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
+from spark_me.sparse.tiles import every
 from spark_me.trace import Value
 
 
@@ -295,9 +296,8 @@ def _channel_place(value: Value, dim: Any) -> int:
 def _divided(call: Call) -> Row:
     """Parts of the channels."""
     value = call.operands[0]
-    default = 0 if call.name == "unbind" else 0
     place_of_dim = 1 if call.name == "unbind" else 2
-    place = _channel_place(value, call.argument(place_of_dim, "dim", default))
+    place = _channel_place(value, call.argument(place_of_dim, "dim", 0))
     amount = call.args[1:2] if call.name != "unbind" else ()
     amount = amount or tuple(each for name, each in call.kwargs.items() if name != "dim")
     return partial(_divide, shape=value.channels, place=place, name=call.name, amount=amount)
@@ -336,8 +336,7 @@ def _select(x: SparseTensor, shape: tuple[int, ...], index: tuple[Any, ...], ste
     rows = _joined_rows(rows)
     if step == 1:
         return with_features(x, rows)
-    side = x.coordinate_manager.neighbours.side(stride) // step
-    rows = rows.reshape(-1, side, step, side, step, rows.shape[1])[:, :, 0, :, 0].flatten(0, 2)
+    rows = every(rows, step, x.coordinate_manager.neighbours.side(stride))
     return at_stride(x, stride * step, rows)
 
 

@@ -28,7 +28,7 @@ from spark_me.sparse.layers import (
 from spark_me.sparse.neighbours import Window
 from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
 from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
-from spark_me.trace import LEAVES, Value, leaf_type
+from spark_me.trace import LEAVES, LIBRARY_LEAVES, Value, leaf_type, library_types
 
 Builder = Callable[[Any], nn.Module]
 Kind = TypeVar("Kind", bound=type[nn.Module])
@@ -122,13 +122,11 @@ def layer_of(
     Raises:
         ValueError: if there is none, or it cannot compute what the module does.
     """
-    library_rules()
     kind = leaf_type(type(module))
     if kind in MODULES:
-        channels_last = isinstance(module, nn.LayerNorm | nn.Linear) and not hasattr(module, "num_channels")
-        if isinstance(module, Conv2d | nn.Conv2d | nn.modules.batchnorm._BatchNorm) and not value.is_image_map:
+        if isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm) and not value.is_image_map:
             raise ValueError(f"takes maps [B, C, H, W], not {shown_axes(value)}")
-        if channels_last and type(module) is nn.LayerNorm:
+        if type(module) is nn.LayerNorm:
             require_channels_last(value)
         layer: Any = MODULES[kind](module)
         if around is not None:
@@ -345,42 +343,37 @@ def _stochastic_depth(module: Any) -> nn.Module:
     return DropPath(module.p, per_image=module.mode == "row")
 
 
-LIBRARY_RULES: dict[str, dict[str, Any]] = {
-    "torchvision.ops": {"StochasticDepth": _stochastic_depth, "FrozenBatchNorm2d": FrozenBatchNorm2d},
-    "torchvision.models.convnext": {"LayerNorm2d": LayerNorm},
-    "timm.layers": {
-        "BatchNormAct2d": BatchNormAct2d,
-        "BlurPool2d": BlurPool2d,
-        "DropPath": _drop_path,
-        "FrozenBatchNormAct2d": FrozenBatchNorm2d,
-        "GroupNorm": GroupNorm,
-        "GroupNorm1": GroupNorm,
-        "GroupNormAct": GroupNormAct,
-        "LayerNorm": LayerNorm,
-        "LayerNorm2d": LayerNorm,
-        "LayerNormAct": LayerNormAct,
-        "LayerNormAct2d": LayerNormAct,
-        "ScaledStdConv2d": StandardisedConv2d,
-        "ScaledStdConv2dSame": StandardisedConv2d,
-        "StdConv2d": StandardisedConv2d,
-        "StdConv2dSame": StandardisedConv2d,
-    },
-    "timm.layers.conv2d_same": {"Conv2dSame": SameConv2d},
-    "timm.layers.grn": {"GlobalResponseNorm": GlobalResponseNorm},
-    "timm.layers.pool2d_same": {"AvgPool2dSame": SameAvgPool2d, "MaxPool2dSame": SameMaxPool2d},
+LIBRARY_RULES: dict[str, Any] = {
+    "AvgPool2dSame": SameAvgPool2d,
+    "BatchNormAct2d": BatchNormAct2d,
+    "BlurPool2d": BlurPool2d,
+    "Conv2dSame": SameConv2d,
+    "DropPath": _drop_path,
+    "FrozenBatchNorm2d": FrozenBatchNorm2d,
+    "FrozenBatchNormAct2d": FrozenBatchNorm2d,
+    "GlobalResponseNorm": GlobalResponseNorm,
+    "GroupNorm": GroupNorm,
+    "GroupNorm1": GroupNorm,
+    "GroupNormAct": GroupNormAct,
+    "LayerNorm": LayerNorm,
+    "LayerNorm2d": LayerNorm,
+    "LayerNormAct": LayerNormAct,
+    "LayerNormAct2d": LayerNormAct,
+    "MaxPool2dSame": SameMaxPool2d,
+    "ScaledStdConv2d": StandardisedConv2d,
+    "ScaledStdConv2dSame": StandardisedConv2d,
+    "StdConv2d": StandardisedConv2d,
+    "StdConv2dSame": StandardisedConv2d,
+    "StochasticDepth": _stochastic_depth,
 }
+"""Of the classes in `spark_me.trace.LIBRARY_LEAVES`."""
 
 
 def library_rules() -> None:
     """Register the rules of torchvision's and timm's modules, where these libraries are installed."""
-    for name, rules in LIBRARY_RULES.items():
-        try:
-            module = __import__(name, fromlist=["*"])
-        except ImportError:
-            continue
-        for kind, layer in rules.items():
-            builder = partial(dressed, layer) if isinstance(layer, type) else layer
-            MODULES.setdefault(getattr(module, kind), builder)
+    for name, kind in library_types(LIBRARY_LEAVES):
+        layer = LIBRARY_RULES[name]
+        MODULES.setdefault(kind, partial(dressed, layer) if isinstance(layer, type) else layer)
 
 
 def refusal(place: str, reason: str, network: str) -> UserError:

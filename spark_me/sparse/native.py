@@ -31,7 +31,7 @@ from spark_me.sparse.grouped import multiply, multiply_rows, multiply_transposed
 from spark_me.sparse.minkowski import weight_to_kernel
 from spark_me.sparse.neighbours import Neighbours, Pair, Pairs, Window
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tiles import fold, images_of, rows_of, tile_shape, tiles_of
+from spark_me.sparse.tiles import every, fold, images_of, rows_of, tile_shape, tiles_of
 
 MIN_TILE_SIDE = 8
 """Outputs along a patch's side from which tiles are faster than gathering (docs/benchmarks.md)."""
@@ -49,9 +49,7 @@ def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighb
     """
     if window.volume == 1 and window.before == (0, 0):
         if window.stride > 1:
-            side = neighbours.side(window.in_stride) // window.stride
-            blocks = rows.view(-1, side, window.stride, side, window.stride, rows.shape[1])
-            rows = blocks[:, :, 0, :, 0].reshape(-1, rows.shape[1])
+            rows = every(rows, window.stride, neighbours.side(window.in_stride))
         return multiply(rows, weight.flatten(1), groups)  # a view, whose gradient is one, too
     if window.span == (window.stride, window.stride) and window.before == (0, 0) and groups == 1:
         return _patchify(rows, weight, window, neighbours)

@@ -62,6 +62,12 @@ def _overlap(start: int, length: int, side: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first - start, last - start)
 
 
+def every(rows: Tensor, step: int, side: int) -> Tensor:
+    """The first of every step × step sites: rows of patches of `side`² sites → of (side / step)² sites."""
+    blocks = rows.reshape(-1, side // step, step, side // step, step, rows.shape[1])
+    return blocks[:, :, 0, :, 0].flatten(0, 2)
+
+
 def rows_of(images: Tensor) -> Tensor:
     """[M, C, side, side] → rows [M·side², C]."""
     return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
