@@ -261,6 +261,9 @@ class _Translation:
         elif node.op == "call_module":
             layer: Any = self.traced.network.get_submodule(target)
             function = None
+            if maps and isinstance(layer, nn.ConstantPad2d):
+                self._pad(node, (layer.padding, "constant", layer.value), {})
+                return
             if maps and _does_nothing(layer):  # whoever reads it reads its input
                 self._keep(target, layer)
                 self._stand_for(node, maps[0])
@@ -273,7 +276,7 @@ class _Translation:
             if maps:
                 self._drop_after(module, target)
         elif maps and modules.is_padding(node.target):
-            self._pad(node)
+            self._pad(node, node.args[1:], node.kwargs)
         elif maps and not self._is_indexing(node):
             self.steps.append(self._function(node, number))
         elif not maps and self._is_map(node):
@@ -289,13 +292,13 @@ class _Translation:
         value = self.values.get(first)
         return getattr(torch.Tensor if isinstance(value, Value) else type(value), str(node.target))
 
-    def _pad(self, node: fx.Node) -> None:
+    def _pad(self, node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Zeros around a map: whoever reads it, a convolution or pooling, has them as padding."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if source in self.padding:
             raise ValueError("pads what is padded with zeros")
-        around = modules.padding_of(self._value(source), node.args[1:], node.kwargs)
+        around = modules.padding_of(self._value(source), args, kwargs)
         self._stand_for(node, source)
         self.padding[node] = around
 

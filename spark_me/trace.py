@@ -271,6 +271,10 @@ LIBRARY_LEAVES: dict[str, tuple[str, ...]] = {
         "BatchNormAct2d",
         "BlurPool2d",
         "DropPath",
+        "EvoNorm2dS0",
+        "EvoNorm2dS0a",
+        "FilterResponseNormAct2d",
+        "FilterResponseNormTlu2d",
         "FrozenBatchNormAct2d",
         "GlobalResponseNorm",
         "GroupNorm",
@@ -288,8 +292,9 @@ LIBRARY_LEAVES: dict[str, tuple[str, ...]] = {
     "timm.layers.conv2d_same": ("Conv2dSame",),
     "timm.layers.grn": ("GlobalResponseNorm",),
     "timm.layers.pool2d_same": ("AvgPool2dSame", "MaxPool2dSame"),
+    "timm.models.vgg": ("ConvMlp",),
 }
-"""Layers of torchvision and timm that are one operation each, by module."""
+"""Layers of torchvision and timm that are one operation each, by module; or a head that decides by values."""
 
 
 class _Probe(fx.Interpreter):

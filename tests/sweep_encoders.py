@@ -14,27 +14,23 @@ import sys
 import warnings
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spark_me import sparse
 from spark_me.encoder import sparsify
 from spark_me.encoders_command import Row, describe
-from spark_me.networks import TIMM, all_names, dense_network
+from spark_me.networks import TIMM, all_names, dense_network, empty_network
 
 GRIDS = ((2, 3), (3, 1))
 """Patches of the images, H and W."""
-ATTENTION = (
-    "attention", "attn", "softmax", "matmul", "einsum", "scaled_dot_product", "Attention", "qkv", "transformer",
-    "Transformer", "pos_embed", "pos_embd", "rel_pos", "bmm", "token", "doesn't match model", "divisible by window",
-    "divisible by grid", "divisible by patch", "Wrong image height", "vit.py", "coat.py", "cpubone", "davit",
-    "efficientformer", "efficientvit", "efficientvim", "hiera", "levit.py", "Vit ", "ViT", "MaxVit", "'Node'",
-)  # fmt: skip
-"""What refusals of networks with attention say: operation, file, or the image size that positions were made for."""
-TRIED, ALIKE = 3, "as others of its family:"
-"""Of families whose first members have attention, the others are not tried."""
-UPSAMPLING = ("Upsample", "interpolate", "ConvTranspose")
+ATTENTION = ("aten.bmm", "aten.baddbmm", "aten._scaled_dot_product", "aten._efficient_attention")
+"""Products of two activations."""
+UPSAMPLING = ("aten.upsample", "aten.convolution.transposed", "aten.pixel_shuffle", "aten.grid_sampler")
+NO_CONVNET = ("attention", "upsampling", "one image size")
 
 
 def main() -> None:
@@ -58,12 +54,9 @@ def main() -> None:
                 continue
             for name in names:
                 if name not in known:
-                    tried = [known[other] for other in names if other in known][:TRIED]
-                    if len(tried) == TRIED and all(reason_of(row["refusal"]) == "attention" for row in tried):
-                        row = Row(name, None, None, (), (), f"{ALIKE} {tried[0]['refusal']}")
-                    else:
-                        row = describe_safely(name)
-                    known[name] = {"family": family, "error": None, **row._asdict()}
+                    row = describe_safely(name)
+                    kind = kind_of(name) if row.refusal else ""
+                    known[name] = {"family": family, "error": None, "kind": kind, **row._asdict()}
                     print(json.dumps(known[name]), file=cache, flush=True)
             small = sorted((known[n] for n in names if not known[n]["refusal"]), key=lambda row: row["parameters"])
             for row in small[: args.computed]:
@@ -138,13 +131,44 @@ def maps_of(network: nn.Module, taps: tuple, images: Tensor) -> list[Tensor]:
     return MaskedDense(network, taps)(images, torch.ones(len(images), *grid, dtype=torch.bool))
 
 
-def reason_of(refusal: str) -> str:
-    """Why, in a word."""
-    if any(word in refusal for word in UPSAMPLING):
-        return "upsampling"
-    if any(word in refusal for word in ATTENTION):
-        return "attention"
-    return "other"
+def kind_of(name: str) -> str:
+    """What a network has that no convnet has, by what its forward computes of tensors without values; "" if nothing.
+
+    Attention multiplies activations with each other; mixers and recurrent networks multiply positions with a matrix of
+    one size, and take images of one size alone.
+    """
+    network = empty_network(name).eval()
+    if any(isinstance(module, nn.RNNBase) for module in network.modules()):
+        return "one image size"
+    size = getattr(network, "default_cfg", {}).get("input_size", (3, 224, 224))
+    computed = _Operations()
+    try:
+        with computed, torch.no_grad():
+            network(torch.empty(2, *size, device="meta"))
+    except Exception as error:  # what decides by values; what ran before it tells as a rule
+        print(f"{name}: {error!r}"[:200], file=sys.stderr, flush=True)
+    for kind, operations in {"attention": ATTENTION, "upsampling": UPSAMPLING}.items():
+        if any(each.startswith(operations) for each in computed.names):
+            return kind
+    try:
+        with torch.no_grad():
+            network(torch.empty(2, size[0], size[1] + 64, size[2] + 128, device="meta"))
+    except (RuntimeError, AssertionError):
+        return "one image size"
+    return ""
+
+
+class _Operations(TorchDispatchMode):
+    """Names of all operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        transposed = func is torch.ops.aten.convolution.default and args[6]
+        self.names.add("aten.convolution.transposed" if transposed else str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def document(rows: list[dict]) -> str:
@@ -185,12 +209,12 @@ def summary(rows: list[dict]) -> str:
     for library in ("torchvision", "timm"):
         own = [row for row in rows if row["family"].startswith(library)]
         converted = sum(not row["refusal"] for row in own)
-        reasons = [reason_of(row["refusal"]) for row in own if row["refusal"]]
-        others = len(own) - reasons.count("attention") - reasons.count("upsampling")
+        counts = {kind: sum(row["kind"] == kind for row in own if row["refusal"]) for kind in NO_CONVNET}
+        others = len(own) - sum(counts.values())
         sentences.append(
-            f"{library}: of {len(own)} networks {reasons.count('attention')} have attention and "
-            f"{reasons.count('upsampling')} upsampling; of the other {others} {converted} convert "
-            f"({converted / max(others, 1):.1%})."
+            f"{library}: of {len(own)} networks {counts['attention']} have attention, {counts['upsampling']} "
+            f"upsampling, and {counts['one image size']} take images of one size alone (mixers, recurrent networks); "
+            f"of the other {others} {converted} convert ({converted / max(others, 1):.1%})."
         )
     return " ".join(sentences)
 

@@ -81,6 +81,48 @@ def test_modules_of_channels_last(module, assert_close):
     compare(Between(operation), of_images_alone, assert_close)
 
 
+def per_channel(parameter):
+    return parameter.view(1, -1, 1, 1)
+
+
+def evo_norm(module, x):
+    """arXiv 2004.02967, table 4; timm's own takes its deviations in float32."""
+    if module.v is not None or isinstance(module, timm.layers.EvoNorm2dS0a):
+        grouped = x.unflatten(1, (module.groups, -1))
+        deviation = (grouped.var((2, 3, 4), unbiased=False, keepdim=True) + module.eps).sqrt()
+        gate = 1 if module.v is None else (x * per_channel(module.v)).sigmoid()
+        x = gate * (grouped / deviation).flatten(1, 2)
+    return x * per_channel(module.weight) + per_channel(module.bias)
+
+
+def filter_response_norm(module, x):
+    """arXiv 1911.09737, equation 1; timm's own takes its means in float32."""
+    x = x / (x.square().mean((2, 3), keepdim=True) + module.eps).sqrt()
+    x = x * per_channel(module.weight) + per_channel(module.bias)
+    if isinstance(module, timm.layers.FilterResponseNormAct2d):
+        return module.act(x)
+    return x if module.tau is None else torch.maximum(x, per_channel(module.tau))
+
+
+@pytest.mark.parametrize(
+    "module, function",
+    [
+        (timm.layers.EvoNorm2dS0(C, 2), evo_norm),
+        (timm.layers.EvoNorm2dS0(C, 2, apply_act=False), evo_norm),
+        (timm.layers.EvoNorm2dS0a(C, 3), evo_norm),
+        (timm.layers.EvoNorm2dS0a(C, 3, apply_act=False), evo_norm),
+        (timm.layers.FilterResponseNormAct2d(C), filter_response_norm),
+        (timm.layers.FilterResponseNormTlu2d(C), filter_response_norm),
+        (timm.layers.FilterResponseNormTlu2d(C, apply_act=False), filter_response_norm),
+    ],
+)
+def test_norms_of_each_image_without_a_mean(module, function, assert_close):
+    def reference(module, x, visible):
+        return of_images_alone(lambda rows: function(module, rows), x, visible)
+
+    compare(Between(module), reference, assert_close)
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_an_activation_in_place_overwrites_and_others_do_not(inplace):
     x = sparse.to_sparse(torch.randn(3, 5, 16, 24), sparse.Pyramid(VISIBLE, PATCH))
@@ -231,16 +273,18 @@ def test_blur_with_zeros_around_the_map_counts_them_as_sites(assert_close):
     compare(Between(timm.layers.BlurPool2d(C, filt_size=3, pad_mode="constant"), step=2), reference, assert_close)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_zeros_around_a_map_belong_to_what_reads_it(layers, assert_close):
-    """Before a convolution, and through a layer that does nothing."""
+@pytest.mark.parametrize("padding", [None, nn.Identity(), nn.ZeroPad2d((0, 1, 0, 1))])
+def test_zeros_around_a_map_belong_to_what_reads_it(padding, assert_close):
+    """Before a convolution, by a function or a layer, and through a layer that does nothing."""
 
     def function(self, x):
-        x = F.pad(x, (0, 1, 0, 1))
-        return self.layers[-1](x if layers == 1 else self.layers[0](x))
+        x = x if isinstance(padding, nn.ZeroPad2d) else F.pad(x, (0, 1, 0, 1))
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
     convolution = nn.Conv2d(C, C, 3, 2)
-    module = Operation(function, *[nn.Identity()][: layers - 1], convolution)
+    module = Operation(function, *([] if padding is None else [padding]), convolution)
 
     def reference(module, x, visible):
         return windowed(x, visible, weighted(convolution.weight, convolution.bias), (3, 3), 2, (0, 0))

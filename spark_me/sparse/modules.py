@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from spark_me.errors import UserError
 from spark_me.sparse.batch_norm import BatchNorm2d
-from spark_me.sparse.images import global_average, global_maximum, scale_images
+from spark_me.sparse.images import global_average, global_maximum, mean_over_images, scale_images
 from spark_me.sparse.layers import (
     AvgPool2d,
     Conv2d,
@@ -26,7 +26,7 @@ from spark_me.sparse.layers import (
     window_of,
 )
 from spark_me.sparse.neighbours import Window
-from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
+from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm, centre_images
 from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
 from spark_me.trace import LEAVES, LIBRARY_LEAVES, Value, leaf_type, library_types
 
@@ -242,6 +242,38 @@ class LayerNormAct(LayerNorm):
         return _activated(self, super().forward(x))
 
 
+class EvoNorm2dS0a(nn.Module):
+    """timm's EvoNorm S0: x·sigmoid(v·x) divided by the deviation of x in each image's groups of channels."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        me: Any = self
+        _, variance = centre_images(x, me.groups)
+        rows = x.F if me.v is None else x.F * (x.F * me.v).sigmoid()
+        rows = scale_images(rows, (variance + me.eps).rsqrt(), x.coordinate_manager, stride_of(x))
+        return with_features(x, rows * me.weight + me.bias)
+
+
+class EvoNorm2dS0(EvoNorm2dS0a):
+    """As timm has it, without an activation it divides by nothing."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        me: Any = self
+        return super().forward(x) if me.v is not None else with_features(x, x.F * me.weight + me.bias)
+
+
+class FilterResponseNorm2d(nn.Module):
+    """timm's filter response norms: divided by the root mean square of each image's channels, then an activation."""
+
+    def forward(self, x: SparseTensor) -> SparseTensor:
+        me: Any = self
+        pyramid, stride = x.coordinate_manager, stride_of(x)
+        squares = mean_over_images(x.F.square(), pyramid, stride)
+        rows = scale_images(x.F, (squares + me.eps).rsqrt(), pyramid, stride) * me.weight + me.bias
+        if hasattr(me, "act"):
+            return with_features(x, me.act(rows))
+        return with_features(x, rows if me.tau is None else rows.maximum(me.tau))
+
+
 class FrozenBatchNorm2d(nn.Module):
     """A batch norm whose statistics never change: a factor and a constant for each channel."""
 
@@ -349,6 +381,10 @@ LIBRARY_RULES: dict[str, Any] = {
     "BlurPool2d": BlurPool2d,
     "Conv2dSame": SameConv2d,
     "DropPath": _drop_path,
+    "EvoNorm2dS0": EvoNorm2dS0,
+    "EvoNorm2dS0a": EvoNorm2dS0a,
+    "FilterResponseNormAct2d": FilterResponseNorm2d,
+    "FilterResponseNormTlu2d": FilterResponseNorm2d,
     "FrozenBatchNorm2d": FrozenBatchNorm2d,
     "FrozenBatchNormAct2d": FrozenBatchNorm2d,
     "GlobalResponseNorm": GlobalResponseNorm,
@@ -366,14 +402,15 @@ LIBRARY_RULES: dict[str, Any] = {
     "StdConv2dSame": StandardisedConv2d,
     "StochasticDepth": _stochastic_depth,
 }
-"""Of the classes in `spark_me.trace.LIBRARY_LEAVES`."""
+"""Of the classes in `spark_me.trace.LIBRARY_LEAVES` that have a meaning on sites."""
 
 
 def library_rules() -> None:
     """Register the rules of torchvision's and timm's modules, where these libraries are installed."""
     for name, kind in library_types(LIBRARY_LEAVES):
-        layer = LIBRARY_RULES[name]
-        MODULES.setdefault(kind, partial(dressed, layer) if isinstance(layer, type) else layer)
+        if name in LIBRARY_RULES:
+            layer = LIBRARY_RULES[name]
+            MODULES.setdefault(kind, partial(dressed, layer) if isinstance(layer, type) else layer)
 
 
 def refusal(place: str, reason: str, network: str) -> UserError:

@@ -108,15 +108,21 @@ def _normalise_images(
     x: SparseTensor, groups: int, eps: float, weight: Tensor | None, bias: Tensor | None
 ) -> SparseTensor:
     """Statistics over each image's sites and groups of channels, in float32 at least; the dtype of x is kept."""
+    centred, variance = centre_images(x, groups)
+    factors = torch.rsqrt(variance + eps)
+    factors = factors if weight is None else factors * weight
+    normalised = scale_images(centred, factors, x.coordinate_manager, stride_of(x))
+    return with_features(x, (normalised if bias is None else normalised + bias).to(x.F.dtype))
+
+
+def centre_images(x: SparseTensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Features [N, C] less the mean of each image's group of channels, and the biased variance [B, C] of these."""
     pyramid, stride = x.coordinate_manager, stride_of(x)
     rows = x.F.to(accumulation_dtype(x.F))
     mean = _mean_of_groups(mean_over_images(rows, pyramid, stride), groups)
     # Two passes: E[x²] − E[x]² would cancel where the mean is large.
     centred = rows - spread_over_sites(mean, pyramid, stride)
-    variance = _mean_of_groups(mean_over_images(centred.square(), pyramid, stride), groups)
-    factors = torch.rsqrt(variance + eps)
-    normalised = scale_images(centred, factors if weight is None else factors * weight, pyramid, stride)
-    return with_features(x, (normalised if bias is None else normalised + bias).to(x.F.dtype))
+    return centred, _mean_of_groups(mean_over_images(centred.square(), pyramid, stride), groups)
 
 
 def _mean_of_groups(of_channels: Tensor, groups: int) -> Tensor:
