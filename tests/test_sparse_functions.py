@@ -52,6 +52,7 @@ def conv1x1(inputs=CHANNELS, outputs=CHANNELS):
 
 FUNCTIONS = {
     "mean": lambda self, x: x * x.mean((2, 3), keepdim=True),
+    "mean by a gate of one channel": lambda self, x: x + x[:, 2:3] * x.mean((2, 3), keepdim=True),
     "mean of flattened": lambda self, x: x - x.flatten(2).mean(2)[:, :, None, None],
     "sum": lambda self, x: x / (torch.sum(x, dim=(2, 3), keepdim=True).abs() + 1),
     "amax": lambda self, x: x - x.amax((2, 3), keepdim=True),

@@ -106,7 +106,7 @@ def _pointwise(call: Call) -> Row:
             return add
     if call.name in ("mul", "imul", "multiply") and len(call.operands) == 2 and len(maps) == 1:
         other = next(value for value in call.operands if not value.is_map)
-        if other.of_images and _channel_shape(other, out) == out.channels:
+        if other.of_images and _channel_shape(other, out) == _channel_shape(maps[0], out) == out.channels:
             return _scaled if call.operands[0].is_map else _scaled_by
     shapes = [_channel_shape(value, out) for value in call.operands]
     kinds = ["map" if value.is_map else "images" if value.of_images else "constant" for value in call.operands]
