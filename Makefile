@@ -37,9 +37,9 @@ test: setup ## run the tests
 # The simplest instructions of torch, oneDNN and MKL stand for another processor: none of today takes them by itself.
 OTHER_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 NUMERICS := $(addprefix tests/test_,decoder.py spark.py::test_loss_float32 \
-  sparse_choice.py sparse_depthwise.py sparse_layers.py sparse_norms.py weights_kernels.py \
-  inference_export.py inference_features.py inference_predict.py \
-  train_optim.py train_reconstruct.py train_soft_targets.py)
+  sparse_kernels_autotune.py sparse_depthwise.py sparse_layers.py sparse_norms.py weights_kernels.py \
+  downstream_export.py downstream_features.py downstream_predict.py \
+  train_optim.py train_reconstruct.py downstream_soft_targets.py)
 
 test-numerics: setup ## run the tests that compare float32 results as on another processor
 	@$(OTHER_CPU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(NUMERICS)

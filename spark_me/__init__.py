@@ -12,13 +12,11 @@ from spark_me.networks import list_encoders, register_encoder
 if TYPE_CHECKING:
     from torch import nn
 
+    from spark_me.downstream.classifier import inference_model, load_classifier
     from spark_me.encoder import SparseEncoder, sparsify
-    from spark_me.inference.classifier import load_classifier
-    from spark_me.inference.predict import inference_model
     from spark_me.spark import SparK
-    from spark_me.weights.convert import convert
     from spark_me.weights.models import get_model, list_models
-    from spark_me.weights.transfer import export_weights, load_weights
+    from spark_me.weights.transfer import convert, export_weights, load_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,12 +41,12 @@ __all__ = [
 _LAZY = {
     "SparK": "spark_me.spark",
     "SparseEncoder": "spark_me.encoder",
-    "convert": "spark_me.weights.convert",
+    "convert": "spark_me.weights.transfer",
     "export_weights": "spark_me.weights.transfer",
     "get_model": "spark_me.weights.models",
-    "inference_model": "spark_me.inference.predict",
+    "inference_model": "spark_me.downstream.classifier",
     "list_models": "spark_me.weights.models",
-    "load_classifier": "spark_me.inference.classifier",
+    "load_classifier": "spark_me.downstream.classifier",
     "load_weights": "spark_me.weights.transfer",
     "sparsify": "spark_me.encoder",
 }

@@ -1,10 +1,30 @@
-"""What computing on a GPU takes: copies that nobody waits for, and which numbers products are computed in."""
+"""Devices: one by name, copies that nobody waits for, and which numbers products are computed in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from spark_me.errors import UserError, first_line
+
+
+def pick_device(name: str, option: str = "--device ", advice: str = "use auto or cpu") -> torch.device:
+    """A device by name, with its number; auto takes CUDA where there is one.
+
+    Args:
+        name: auto, or as torch calls it.
+        option, advice: what names it, and what to do if it is not usable, for messages.
+
+    Raises:
+        UserError: if it is not usable here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"{option}{name}: not usable here ({first_line(error)}): {advice}") from None
 
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from spark_me import sparse
-from spark_me.sparse import SparseTensor, functions, modules
+from spark_me.sparse import SparseTensor
+from spark_me.sparse.rules import functions, modules
 from spark_me.trace import Trace, Value, normalises_by_layer, path_of, place_of, trace
 
 INPUT = 0

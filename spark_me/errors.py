@@ -29,6 +29,11 @@ def install_text(group: str) -> str:
     return f'run `pip install -e ".[{group}]"` in the folder of spark_me\'s setup.py'
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def shown(text: object, longest: int = LONGEST_NAME) -> str:
     """A name from outside, as it may be printed or drawn: what cannot be printed is replaced, its middle is cut."""
     return printable(shorten(str(text), longest))

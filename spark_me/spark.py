@@ -73,10 +73,10 @@ class SparK(nn.Module):
         Raises:
             ValueError: if a visible patch is not valid, an image has no visible patch, or there is no image.
         """
-        images, visible, targets = self._prepare(images, visible, valid)
+        images, visible, hidden = self._prepare(images, visible, valid)
         prediction = masking.patchify(self.predict(images, visible), self.patch_size)
         target, _, _ = self._target(images)
-        return patch_loss(prediction, target, targets.flatten(1))
+        return patch_loss(prediction, target, hidden.flatten(1))
 
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W], computed from the visible patches alone."""
@@ -97,12 +97,12 @@ class SparK(nn.Module):
 
         `visible` and `valid` are as for `forward`; patches that are not valid come out as about 0.
         """
-        images, visible, targets = self._prepare(images, visible, valid)
+        images, visible, hidden = self._prepare(images, visible, valid)
         normalised = masking.patchify(self.predict(images, visible), self.patch_size)
         target, mean, deviation = self._target(images)
         grid = (visible.shape[1], visible.shape[2])
         prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
-        of_patches = (normalised, target, targets.flatten(1))
+        of_patches = (normalised, target, hidden.flatten(1))
         loss, losses = patch_loss(*of_patches), image_losses(*of_patches)
         return Reconstruction(prediction, copy_to(visible, images.device), loss, losses)
 

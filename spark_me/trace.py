@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from spark_me.errors import UserError
+from spark_me.errors import UserError, first_line
 
 LARGEST_STRIDE = 64
 SMALLEST_STRIDE = 8
@@ -220,7 +220,7 @@ class _Tracer(fx.Tracer):
             raise
         except Exception as error:  # the author's code runs, with values that are none
             raise UserError(
-                f"{name} cannot be traced: {_first_line(error)} ({_place_of_error(error)}): its forward has to take "
+                f"{name} cannot be traced: {first_line(error)} ({_place_of_error(error)}): its forward has to take "
                 "one image batch and must not decide by values; register a rule for the module that does "
                 "(spark_me.sparse.rule)"
             ) from error
@@ -352,7 +352,7 @@ def _require_head(network: nn.Module, probe: _Probe, error: Exception) -> None:
     tensors = [result for other in node.all_input_nodes if isinstance(result := probe.results.get(other), Tensor)]
     if not tensors or any(tensor.dim() > 2 for tensor in tensors):
         raise UserError(
-            f"{type(network).__name__}: {place_of(node)}: {_first_line(error)}: images of every size that is a "
+            f"{type(network).__name__}: {place_of(node)}: {first_line(error)}: images of every size that is a "
             "multiple of the total stride have to pass; build it for any size, or without this part"
         ) from error
 
@@ -460,10 +460,6 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _place_of_error(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Files of classifiers with random weights, and images; shared by the tests of `spark_me.inference`."""
+"""Files of classifiers with random weights, and images; shared by the tests of `spark_me.downstream`."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """What several test modules need: masks that cover the exactness contract, random norms, relative errors."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -90,6 +90,15 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
         elif name.endswith("running_var"):
             buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return module
+
+
+def names_in_simulation(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors named as in a `SparK` model (weights, gradients, statistics), as the simulation of it names them."""
+    prefix = "encoder."
+    return {
+        f"{prefix}network.{key.removeprefix(prefix)}" if key.startswith(prefix) else key: tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -12,6 +12,11 @@ from spark_me.sparse.neighbours import Window
 TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+def square_window(in_stride: int, size: int, stride: int = 1, dilation: int = 1) -> Window:
+    """A square kernel, where MinkowskiEngine lays it."""
+    return Window(in_stride, (size, size), stride, (dilation, dilation), (0, 0)).in_engine
+
+
 def random(*shape: int, dtype: torch.dtype, seed: int, device: str = "cpu") -> Tensor:
     """Noise that needs a gradient, the same on every device."""
     noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spark_me import sparse
 from spark_me.encoder import sparsify
 from spark_me.encoders_command import Row, describe
+from spark_me.errors import first_line
 from spark_me.networks import TIMM, all_names, dense_network, empty_network
 
 GRIDS = ((2, 3), (3, 1))
@@ -87,7 +88,7 @@ def describe_safely(name: str) -> Row:
     try:
         return describe(name)
     except Exception as error:  # a library that builds no such network is no reason to stop
-        return Row(name, None, None, (), (), f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return Row(name, None, None, (), (), f"{type(error).__name__}: {first_line(error)}")
 
 
 def largest_error(name: str) -> float:

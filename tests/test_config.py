@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from spark_me import cli, sparse
-from spark_me.config import Config, FinetuneConfig, differing_keys, load_config, parse_config, to_yaml
-from spark_me.config_rules import BACKENDS
-from spark_me.config_schema import FREE_KEYS, LambConfig
+from spark_me.config.loading import differing_keys, load_config, parse_config, to_yaml
+from spark_me.config.tasks import BACKENDS, FREE_KEYS, FinetuneConfig, PretrainConfig
+from spark_me.config.training import LambConfig
 from spark_me.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -45,7 +45,7 @@ def test_layers_win_in_order(write: Write) -> None:
     assert (config.train.epochs, config.train.batch_size) == (200, 16)
     assert config.optim.base_lr == 0.001
     assert config.model.image_size == [64, 96]
-    assert config.model.mask_ratio == Config().model.mask_ratio
+    assert config.model.mask_ratio == PretrainConfig().model.mask_ratio
 
 
 def test_lists_are_replaced_not_merged(write: Write) -> None:
@@ -346,7 +346,7 @@ def test_nan_is_the_same_nodata_again(write: Write) -> None:
 
 
 def test_differing_keys_leave_out_what_does_not_decide_the_result() -> None:
-    old, new = Config(), Config()
+    old, new = PretrainConfig(), PretrainConfig()
     new.run.dir, new.data.workers = "elsewhere", 9
     assert differing_keys(old, new) == []
     new.optim.base_lr, new.model.encoder = 0.5, "resnet18"
@@ -357,7 +357,7 @@ def test_names_that_the_schema_repeats_are_right() -> None:
     assert sparse.BACKENDS == BACKENDS
     for key in FREE_KEYS:
         section, name = key.split(".")
-        assert any(hasattr(getattr(schema(), section), name) for schema in (Config, FinetuneConfig))
+        assert any(hasattr(getattr(schema(), section), name) for schema in (PretrainConfig, FinetuneConfig))
 
 
 LITERAL = [

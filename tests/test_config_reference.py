@@ -15,11 +15,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from spark_me import cli
-from spark_me.config import Config, FinetuneConfig
-from spark_me.config_reference import docstrings, in_words, markdown_reference, text_reference
+from spark_me.config.reference import docstrings, in_words, markdown_reference, text_reference
+from spark_me.config.tasks import FinetuneConfig, PretrainConfig
 
 ROOT = Path(__file__).parents[1]
-SCHEMAS = {"pretraining": Config, "fine-tuning": FinetuneConfig}
+SCHEMAS = {"pretraining": PretrainConfig, "fine-tuning": FinetuneConfig}
 
 
 def defaults_of(schema: type) -> dict[str, Any]:

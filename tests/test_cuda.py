@@ -1,4 +1,4 @@
-"""The exactness contract (DESIGN §6) on a GPU: whole models against the simulation on the CPU in float64."""
+"""The exactness contract on a GPU: whole models against the simulation on the CPU in float64."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TOLERANCE, contract_masks, randomise, relative_error
+from conftest import TOLERANCE, contract_masks, names_in_simulation, randomise, relative_error
 from tiny_runs import write_config, write_images
 from torch import Tensor
 
 import spark_me
 from spark_me import cli
-from spark_me.benchmark.twins import MaskedDenseSparK
+from spark_me.bench.workloads import MaskedDenseSparK
 from spark_me.devices import float32_products
 from spark_me.networks import dense_network
 from spark_me.spark import SparK
 from spark_me.trace import trace
-from spark_me.train.metrics import read_metrics
+from spark_me.train.logs import read_metrics
 
 ENCODERS = ["resnet18", "resnet50", "convnextv2_atto"]
 WELL_CONDITIONED = ["resnet18", "convnextv2_atto"]
@@ -50,7 +50,7 @@ def build(name: str, backend: str = "native") -> tuple[SparK, MaskedDenseSparK]:
     model = spark_me.build_model(name, image_size=(96, 128), decoder_width=32, drop_path=0.0, backend=backend)
     randomise(model).double()
     oracle = MaskedDenseSparK(trace(dense_network(name)), decoder_width=32).double()
-    oracle.load_sparse(model.state_dict())
+    oracle.load_state_dict({**oracle.state_dict(), **names_in_simulation(model.state_dict())})
     return model, oracle
 
 
@@ -82,10 +82,10 @@ def run_ours(
     with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         loss = model(images, visible)
     loss.backward()
-    statistics = oracle.from_sparse(host(statistics_of(model)))
+    statistics = names_in_simulation(host(statistics_of(model)))
     with torch.no_grad(), torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
         features = [x.double().cpu() for x in model.encode(images, visible)]
-    gradients = oracle.from_sparse(host({name: p.grad for name, p in model.named_parameters()}))
+    gradients = names_in_simulation(host({name: p.grad for name, p in model.named_parameters()}))
     gradients |= host({"images": images.grad})
     return Pass(loss.detach().double().cpu(), features, gradients, statistics)
 

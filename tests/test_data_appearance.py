@@ -12,15 +12,14 @@ import tifffile
 from PIL import Image, ImageOps, features
 from tar_shards import write_shard
 
-from spark_me.config_schema import DataConfig
-from spark_me.data.appearance import on_background, upright_array
-from spark_me.data.check import examine
+from spark_me.config.data import DataConfig
+from spark_me.data.arrays import on_background, upright_array
+from spark_me.data.commands import examine, measure
 from spark_me.data.datasets import HeldOutDataset, Reader
 from spark_me.data.files import find_files
 from spark_me.data.reading import Encoded, Item, read_image
-from spark_me.data.stats import measure
 from spark_me.data.transforms import held_out_transform
-from spark_me.inference.view import recipe_view
+from spark_me.downstream.preprocessing import recipe_preprocessing
 
 # What each orientation of EXIF 2.32 means: which corner row 0 and column 0 of the stored pixels belong to.
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -149,7 +148,7 @@ def test_other_modes_with_alpha(mode: str) -> None:
 
 
 def recipe_picture(image: Image.Image, channels: int) -> Image.Image:
-    picture = recipe_view(channels, resnet=True)._picture(image)
+    picture = recipe_preprocessing(channels, resnet=True)._picture(image)
     assert isinstance(picture, Image.Image)
     return picture
 
@@ -255,11 +254,16 @@ def test_every_reader_sees_the_same(tmp_path: Path) -> None:
         assert moments is not None
         np.testing.assert_allclose(moments.mean, expected.mean(axis=(0, 1)) / 255, atol=1 / 255)
         assert examine(item, 3, DataConfig())[2:] == (16, 18, "RGBA")
-    view = recipe_view(3, resnet=True)
-    shown = [view.read(path), view.see(str(path)), view.see(content), view.see(Image.open(path))]
-    plain = view.see(np.asarray(read_image(path, 3)))
+    preprocessing = recipe_preprocessing(3, resnet=True)
+    shown = [
+        preprocessing.read(path),
+        preprocessing.prepare(str(path)),
+        preprocessing.prepare(content),
+        preprocessing.prepare(Image.open(path)),
+    ]
+    plain = preprocessing.prepare(np.asarray(read_image(path, 3)))
     assert all((other == plain).all() for other in shown)
-    assert (view.see(ImageOps.exif_transpose(Image.open(path))) == plain).all()
+    assert (preprocessing.prepare(ImageOps.exif_transpose(Image.open(path))) == plain).all()
     data = DataConfig()
     crop = HeldOutDataset(items[:1], Reader(held_out_transform(data, (32, 32)), seed=0))[0].image
     flat = HeldOutDataset([Encoded("flat", np.asarray(read_image(path, 3)))], Reader(_plain(data), seed=0))[0].image

@@ -10,7 +10,7 @@ import tifffile
 import torch
 from PIL import Image
 
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig
 from spark_me.data import arrays
 from spark_me.data.files import find_files
 from spark_me.data.reading import Encoded, read_image

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from tiny_finetune import tiny_config, write_classes
 
-from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.data.augment import augmentation, centre_crop
-from spark_me.data.class_folders import find_labelled
-from spark_me.data.labelled import LabelledTrainDataset, labelled_reader
+from spark_me.config.data import FinetuneDataConfig
+from spark_me.data.class_folders import balanced_part, balanced_places, find_classes, find_labelled
+from spark_me.data.datasets import LabelledTrainDataset, labelled_reader
 from spark_me.data.loaders import labelled_train_loader
 from spark_me.data.sampler import StepSampler
+from spark_me.data.transforms import augmentation, centre_crop
 from spark_me.errors import UserError
 
 
@@ -37,6 +37,23 @@ def test_fraction_is_balanced_and_seeded(tmp_path: Path, fraction: float, expect
     assert find_labelled(data, seed=0) == files
     others = [find_labelled(data, seed=seed).train.paths for seed in range(1, 5)]
     assert any(other != files.train.paths for other in others) == (fraction < 1)
+
+
+def test_balanced_places_are_the_rounded_share_of_every_class() -> None:
+    labels = [3] * 100 + [5] * 10 + [8]
+    places = balanced_places(labels, 0.1, seed=0)
+    assert [sum(labels[place] == label for place in places) for label in (3, 5, 8)] == [10, 1, 1]
+    assert sorted(set(places)) == places == balanced_places(labels, 0.1, seed=0)
+    assert places != balanced_places(labels, 0.1, seed=1)
+    assert balanced_places(labels, 1.0, seed=0) == list(range(111))
+
+
+def test_probing_and_fine_tuning_draw_the_same_images(tmp_path: Path) -> None:
+    root = write_classes(tmp_path, train=10)
+    tuned = find_labelled(FinetuneDataConfig(root=str(root), fraction=0.3), seed=2).train
+    images, classes = find_classes(root / "train", "--train")
+    assert balanced_part(images, 0.3, 2) == tuned and len(tuned.labels) == 3 * len(classes)
+    assert all(path.parts[-2] == classes[label] for path, label in zip(images.paths, images.labels))
 
 
 def test_smaller_fractions_lie_within_larger_ones(tmp_path: Path) -> None:

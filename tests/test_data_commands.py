@@ -14,7 +14,7 @@ from PIL import Image
 from tar_shards import png, write_shard, write_shards
 
 from spark_me import cli
-from spark_me.config import load_config
+from spark_me.config.loading import load_config
 from spark_me.data.unreadable import as_lines
 
 Write = Callable[..., Path]

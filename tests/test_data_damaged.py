@@ -17,18 +17,15 @@ from PIL import Image
 from valid_images import valid_files
 
 from spark_me import cli
-from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig, FinetuneDataConfig
 from spark_me.data import arrays, reading
-from spark_me.data.augment import augmentation, centre_crop
-from spark_me.data.check import examine
+from spark_me.data.commands import examine, measure
 from spark_me.data.datasets import HeldOutDataset, Reader, TrainDataset
 from spark_me.data.reading import Encoded, read_image
-from spark_me.data.stats import measure
-from spark_me.data.transforms import held_out_transform, train_transform
+from spark_me.data.transforms import augmentation, centre_crop, held_out_transform, train_transform
 from spark_me.data.unreadable import UnreadableImage, reason_of
+from spark_me.downstream.preprocessing import recipe_preprocessing
 from spark_me.errors import UserError
-from spark_me.inference.view import recipe_view
 
 
 def reason(item: Encoded | Path, channels: int, data: DataConfig | None = None) -> str | None:
@@ -79,9 +76,9 @@ def test_whatever_a_decoder_raises_is_a_reason(error: Exception, monkeypatch: py
         with pytest.raises(UnreadableImage) as caught:
             read_image(Encoded(name, b"content"), channels)
         assert str(caught.value).startswith(type(error).__name__) and len(str(caught.value).splitlines()) == 1
-    monkeypatch.setattr(reading.appearance, "upright", fail)
+    monkeypatch.setattr(reading.arrays, "upright", fail)
     with pytest.raises(UserError, match=r"^the image: unreadable \(") as refused:
-        recipe_view(3, resnet=True).see(Image.new("RGB", (8, 8)))
+        recipe_preprocessing(3, resnet=True).prepare(Image.new("RGB", (8, 8)))
     assert "\n" not in str(refused.value)
 
 

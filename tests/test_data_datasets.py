@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_me.config_schema import Config, DataConfig
+from spark_me.config.data import DataConfig
+from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import Batch, HeldOutDataset, Reader, TrainDataset, collate
 from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
@@ -64,7 +65,7 @@ def test_crops_of_one_file_differ_within_an_epoch(files: list[Path]) -> None:
 
 
 def test_loaded_batches_are_the_same_with_any_number_of_workers(files: list[Path]) -> None:
-    config = Config()
+    config = PretrainConfig()
     config.model.image_size = list(SIZE)
     config.train.batch_size = 4
     runs = []
@@ -79,7 +80,7 @@ def test_loaded_batches_are_the_same_with_any_number_of_workers(files: list[Path
 
 
 def test_loading_draws_nothing_from_the_default_generator(files: list[Path]) -> None:
-    config = Config()
+    config = PretrainConfig()
     config.model.image_size = list(SIZE)
     config.train.batch_size, config.data.workers = 4, 0
     before = torch.get_rng_state()
@@ -88,7 +89,7 @@ def test_loading_draws_nothing_from_the_default_generator(files: list[Path]) -> 
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def loader_of(files: list[Path], config: Config) -> torch.utils.data.DataLoader:
+def loader_of(files: list[Path], config: PretrainConfig) -> torch.utils.data.DataLoader:
     return train_loader(
         Files(files, []), config, first_step=0, steps=3, most_unreadable=0, rank=0, world_size=1, pin_memory=False
     )

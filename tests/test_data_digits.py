@@ -9,9 +9,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from spark_me import cli
-from spark_me.config import FinetuneConfig
+from spark_me.config.tasks import FinetuneConfig
 from spark_me.data.class_folders import find_labelled
-from spark_me.data.digits import write_digits
+from spark_me.data.commands import write_digits
 
 
 def test_digits_are_split_once_and_look_like_the_originals(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_the_demo_in_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     configs = Path(__file__).parents[1] / "configs" / "demo"
     monkeypatch.chdir(tmp_path)
     assert cli.main(["data", "digits", "runs/demo_finetune/digits"]) == 0
-    assert cli.main(["pretrain", str(configs / "digits_pretrain.yaml"), "train.steps=2", "train.batch_size=4"]) == 0
-    short = ["train.steps=2", "train.batch_size=4", "--fractions", "0.01", "--seeds", "1"]
+    assert cli.main(["pretrain", str(configs / "digits_pretrain.yaml"), "train.steps=2", "train.batch_size=64"]) == 0
+    short = ["train.steps=2", "train.batch_size=64", "--fractions", "0.01", "--seeds", "1"]
     assert cli.main(["compare", str(configs / "digits_finetune.yaml"), *short]) == 0
     trials = json.loads(Path("runs/demo_finetune/compare/comparison.json").read_text())["trials"]
     assert [(trial["start"], trial["images"]) for trial in trials] == [("pretrained", 10), ("scratch", 10)]

@@ -9,7 +9,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig
 from spark_me.data.files import find_files, fingerprint
 from spark_me.data.listing import class_folders
 from spark_me.data.reading import read_image

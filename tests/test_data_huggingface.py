@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark_me.config_schema import DataConfig
-from spark_me.data.files import find_files, fingerprint
-from spark_me.data.huggingface import HuggingFaceImages
+from spark_me.config.data import DataConfig
+from spark_me.data.files import HuggingFaceImages, find_files, fingerprint
 from spark_me.data.reading import read_image
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError

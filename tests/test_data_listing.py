@@ -10,16 +10,16 @@ import pytest
 from PIL import Image, features
 from tar_shards import png, write_shard
 
-from spark_me.config_schema import DataConfig
-from spark_me.data import formats, progress
-from spark_me.data.check import examine
+from spark_me.config.data import DataConfig
+from spark_me.data import listing, reading
+from spark_me.data.commands import examine
 from spark_me.data.files import find_files
 from spark_me.data.listing import class_folders, list_images
 from spark_me.data.reading import Encoded, read_image
 from spark_me.data.shards import TarImages
 from spark_me.data.unreadable import UnreadableImage
+from spark_me.downstream.images import find_images
 from spark_me.errors import UserError
-from spark_me.inference.batches import find_images
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_what_is_skipped_is_said_commonest_first(folder: Path, capsys: pytest.Ca
 def test_no_file_is_handed_to_another_program(tmp_path: Path) -> None:
     """Pillow would call Ghostscript for PostScript, whatever its name."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
-    assert not formats.is_image("a.eps")
+    assert not reading.is_image("a.eps")
     with pytest.raises(UnreadableImage, match="no image of a known format"):
         read_image(Encoded("a.jpg", (tmp_path / "a.eps").read_bytes()), 3)
 
@@ -225,7 +225,7 @@ def test_slow_scans_say_where_they_are(
     TarImages([str(folder / "0.tar")])
     assert "looking" not in (quick := capsys.readouterr().err) and "counting" not in quick
     clock = iter(range(1000))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(listing.time, "monotonic", lambda: float(next(clock)))
     for number in range(20):
         (folder / f"x{number}.png").touch()
     assert len(list_images(folder)) == 22

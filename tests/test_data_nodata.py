@@ -9,8 +9,8 @@ from conftest import randomise
 from torch import Tensor
 
 import spark_me
-from spark_me.config import load_config
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig
+from spark_me.config.loading import load_config
 from spark_me.data.datasets import Reader, TrainDataset
 from spark_me.data.transforms import held_out_transform, train_transform
 from spark_me.data.unreadable import UnreadableImage

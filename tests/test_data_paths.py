@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch.multiprocessing  # noqa: F401  (teaches the pickler of worker processes to share tensors)
 
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig
 from spark_me.data.files import find_files, fingerprint
-from spark_me.data.paths import Paths
-from spark_me.inference.batches import find_images
+from spark_me.data.listing import Paths
+from spark_me.downstream.images import find_images
 
 NAMES = ["b/a.png", "a/ü.png", os.fsdecode(b"caf\xe9.png"), "a/new\nline.png", "z.png", "a/ü.png"]
 MANY = 200_000

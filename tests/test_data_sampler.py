@@ -2,8 +2,7 @@
 
 import pytest
 
-from spark_me.data.randomness import CROP, ORDER, seed_of
-from spark_me.data.sampler import StepSampler
+from spark_me.data.sampler import CROP, ORDER, StepSampler, seed_of
 
 
 def test_every_epoch_is_a_permutation_without_the_ragged_end() -> None:

@@ -7,10 +7,9 @@ import braceexpand
 import pytest
 from tar_shards import png, write_shard, write_shards
 
-from spark_me.config_schema import DataConfig
-from spark_me.data.braces import count_names
+from spark_me.config.data import DataConfig
 from spark_me.data.files import find_files, fingerprint
-from spark_me.data.shards import Shards, TarImages
+from spark_me.data.shards import Shards, TarImages, count_names
 from spark_me.data.streams import ShardSampler
 from spark_me.errors import UserError
 

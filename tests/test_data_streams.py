@@ -10,8 +10,9 @@ import pytest
 import torch
 from tar_shards import SIZES, png, write_shard, write_shards
 
-from spark_me.config import load_config
-from spark_me.config_schema import Config, DataConfig
+from spark_me.config.data import DataConfig
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.data.files import Files, find_files
 from spark_me.data.loaders import train_loader
 from spark_me.data.shards import Shards
@@ -113,8 +114,8 @@ def test_the_last_batch_may_be_filled_up_with_images_that_come_again(pattern: st
     assert [{key[0] for key in batch} for batch in batches] == [{0}] * 5 + [{1}] * 5
 
 
-def loader_config(pattern: str, workers: int) -> Config:
-    config = Config(data=DataConfig(kind="webdataset", root=pattern, workers=workers, shuffle_buffer=8))
+def loader_config(pattern: str, workers: int) -> PretrainConfig:
+    config = PretrainConfig(data=DataConfig(kind="webdataset", root=pattern, workers=workers, shuffle_buffer=8))
     config.model.image_size = [32, 64]
     config.train.batch_size = 4
     return config

@@ -3,10 +3,9 @@ import torch
 from conftest import randomise
 from torch.nn import functional
 
-from spark_me.benchmark.twins import plain_decode
-from spark_me.decoder import Decoder, patch_loss
+from spark_me.bench.workloads import plain_decode
+from spark_me.decoder import Decoder, patch_loss, pays_off, upsample_and_convolve
 from spark_me.errors import UserError
-from spark_me.upsampling import pays_off, upsample_and_convolve
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (6, 5)])

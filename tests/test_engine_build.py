@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from spark_me.engine import build, cache, edits, install, record
-from spark_me.engine.blas import Blas
+from spark_me.engine import build, edits, install, source
 from spark_me.engine.target import Cuda, Target
+from spark_me.engine.toolchain import Blas
 from spark_me.errors import EngineError
 
 TARGET = Target(python=(3, 11), abi="cpython-311", platform="linux-x86_64", torch="2.11.0+cu130", cuda=None)
@@ -47,7 +47,7 @@ def miniature(monkeypatch, tmp_path):
     archive = tmp_path / "MinkowskiEngine-0.5.4.tar.gz"
     write_archive(archive, MODULE)
     swap = edits.Edit("swap", "MinkowskiEngine/*.py", "old", "new", 1, "a test")
-    for module in (build, record):
+    for module in (build, build):
         monkeypatch.setattr(module, "edits_for", lambda target: (swap,))
         monkeypatch.setattr(module, "setup_script", lambda: MINIATURE_SETUP)
     monkeypatch.setattr(build, "require_compiler", lambda: "c++")
@@ -57,15 +57,15 @@ def miniature(monkeypatch, tmp_path):
 
 def carried_record(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        return record.BuildRecord(**json.loads(archive.read(f"MinkowskiEngine/{record.RECORD_NAME}")))
+        return build.BuildRecord(**json.loads(archive.read(f"MinkowskiEngine/{build.RECORD_NAME}")))
 
 
 def test_a_build_ends_as_an_edited_wheel_in_the_cache(miniature, tmp_path, capsys):
-    made_from = record.record_of(TARGET, BLAS)
-    left = cache.make_dir("build", f"{made_from.key}-killed")
+    made_from = build.record_of(TARGET, BLAS)
+    left = source.make_dir("build", f"{made_from.key}-killed")
     (left / "object.o").touch()
     wheel = build.build_wheel(miniature, TARGET, BLAS, made_from)
-    assert wheel == cache.cached_wheel(made_from.key)
+    assert wheel == source.cached_wheel(made_from.key)
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("MinkowskiEngine/__init__.py") == b"answer = 'new'\n"
     assert carried_record(wheel) == made_from
@@ -76,23 +76,23 @@ def test_a_build_ends_as_an_edited_wheel_in_the_cache(miniature, tmp_path, capsy
 
 def test_a_build_that_fails_prints_cause_and_log_and_caches_nothing(miniature, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "setup_script", lambda: "print('x.cpp:3:1: error: no such type'); raise SystemExit(3)")
-    made_from = record.record_of(TARGET, BLAS)
+    made_from = build.record_of(TARGET, BLAS)
     with pytest.raises(EngineError, match=r"x\.cpp:3:1: error: no such type; log: ") as caught:
         build.build_wheel(miniature, TARGET, BLAS, made_from)
     log = Path(str(caught.value).split("log: ")[1])
     assert "no such type" in log.read_text()
     assert "\n" not in str(caught.value)
-    assert cache.cached_wheel(made_from.key) is None
+    assert source.cached_wheel(made_from.key) is None
     assert list((tmp_path / "cache" / "build").iterdir()) == []
 
 
 def test_the_real_build_script_reports_what_ninja_says(miniature, monkeypatch, tmp_path):
-    script = record.resources.files("spark_me.engine").joinpath("resources", "setup.py").read_text()
+    script = build.resources.files("spark_me.engine").joinpath("resources", "setup.py").read_text()
     monkeypatch.setattr(build, "setup_script", lambda: script)
     package = {f"MinkowskiEngine{folder}/__init__.py": b"" for folder in ("/utils", "/modules")}
     write_archive(miniature, {**MODULE, **package, "src/math_functions_cpu.cpp": b""})
     with pytest.raises(EngineError, match=r"ninja: error: .*\.cpp.* missing"):
-        build.build_wheel(miniature, TARGET, BLAS, record.record_of(TARGET, BLAS))
+        build.build_wheel(miniature, TARGET, BLAS, build.record_of(TARGET, BLAS))
 
 
 @pytest.mark.parametrize(
@@ -133,8 +133,8 @@ def test_leaving_a_build_early_ends_its_processes(monkeypatch, tmp_path):
 
 
 def test_the_key_changes_with_every_ingredient(monkeypatch):
-    made_from = record.record_of(TARGET, BLAS)
-    assert record.record_of(replace(TARGET), replace(BLAS)).key == made_from.key
+    made_from = build.record_of(TARGET, BLAS)
+    assert build.record_of(replace(TARGET), replace(BLAS)).key == made_from.key
     keys = {made_from.key}
     targets = [
         replace(TARGET, torch="2.11.0+cpu"),
@@ -144,15 +144,15 @@ def test_the_key_changes_with_every_ingredient(monkeypatch):
         replace(TARGET, cuda=replace(CUDA, version=(13, 1))),
         replace(TARGET, cuda=replace(CUDA, archs="8.0;9.0")),
     ]
-    keys |= {record.record_of(target, BLAS).key for target in targets}
-    keys |= {record.record_of(TARGET, replace(BLAS, **change)).key for change in ({"version": "1"}, {"name": "other"})}
-    monkeypatch.setattr(record, "edits_for", lambda target: edits.EDITS[1:])
-    keys.add(record.record_of(TARGET, BLAS).key)
-    monkeypatch.setattr(record, "edits_for", lambda target: edits.edits_for(target))
-    monkeypatch.setattr(record, "setup_script", lambda: "another")
-    keys.add(record.record_of(TARGET, BLAS).key)
-    monkeypatch.setattr(record, "ENGINE_VERSION", "0.5.5")
-    keys.add(record.record_of(TARGET, BLAS).key)
+    keys |= {build.record_of(target, BLAS).key for target in targets}
+    keys |= {build.record_of(TARGET, replace(BLAS, **change)).key for change in ({"version": "1"}, {"name": "other"})}
+    monkeypatch.setattr(build, "edits_for", lambda target: edits.EDITS[1:])
+    keys.add(build.record_of(TARGET, BLAS).key)
+    monkeypatch.setattr(build, "edits_for", lambda target: edits.edits_for(target))
+    monkeypatch.setattr(build, "setup_script", lambda: "another")
+    keys.add(build.record_of(TARGET, BLAS).key)
+    monkeypatch.setattr(build, "ENGINE_VERSION", "0.5.5")
+    keys.add(build.record_of(TARGET, BLAS).key)
     assert len(keys) == 12
 
 

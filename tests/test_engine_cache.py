@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_me.engine import cache
+from spark_me.engine import source
 from spark_me.errors import EngineError
 
 
@@ -16,19 +16,19 @@ def test_a_cut_wheel_is_not_taken_from_the_cache(monkeypatch, tmp_path):
     wheel = tmp_path / "engine.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("module.py", "x" * 1000)
-    stored = cache.store_wheel(wheel, "key")
+    stored = source.store_wheel(wheel, "key")
     assert not wheel.exists()
-    assert cache.cached_wheel("key") == stored
-    assert cache.cached_wheel("other") is None
+    assert source.cached_wheel("key") == stored
+    assert source.cached_wheel("other") is None
     stored.write_bytes(stored.read_bytes()[:-40])
-    assert cache.cached_wheel("key") is None
+    assert source.cached_wheel("key") is None
 
 
 def stored_wheel(folder):
     wheel = folder / "engine.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("module.py", "x" * 1000)
-    return cache.store_wheel(wheel, "key")
+    return source.store_wheel(wheel, "key")
 
 
 def test_a_wheel_that_was_put_there_is_not_taken(monkeypatch, tmp_path, capsys):
@@ -42,10 +42,10 @@ def test_a_wheel_that_was_put_there_is_not_taken(monkeypatch, tmp_path, capsys):
         digest.unlink(missing_ok=True)
         if written is not None:
             digest.write_text(written)
-        assert cache.cached_wheel("key") is None
+        assert source.cached_wheel("key") is None
         assert "it is built again" in capsys.readouterr().out
-    assert cache.cached_wheel("key") is None
-    assert stored_wheel(tmp_path) == cache.cached_wheel("key") == stored
+    assert source.cached_wheel("key") is None
+    assert stored_wheel(tmp_path) == source.cached_wheel("key") == stored
 
 
 @pytest.mark.parametrize("part", [".", "wheels", "wheels/key"])
@@ -57,7 +57,7 @@ def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path, part
         change(tmp_path / "cache" / part)
     except PermissionError:
         pytest.skip("only root gives files away")
-    for act in (lambda: cache.cached_wheel("key"), lambda: stored_wheel(tmp_path)):
+    for act in (lambda: source.cached_wheel("key"), lambda: stored_wheel(tmp_path)):
         with pytest.raises(EngineError, match="others may write to it"):
             act()
 
@@ -65,14 +65,14 @@ def test_a_cache_that_others_may_write_to_is_refused(monkeypatch, tmp_path, part
 def test_a_second_build_of_one_key_waits_for_the_first(monkeypatch, tmp_path):
     monkeypatch.setenv("SPARK_ME_CACHE", str(tmp_path))
     waiting, order = threading.Event(), []
-    monkeypatch.setattr(cache, "print", lambda *args, **kwargs: waiting.set(), raising=False)
+    monkeypatch.setattr(source, "print", lambda *args, **kwargs: waiting.set(), raising=False)
 
     def second():
-        with cache.locked("key"):
+        with source.locked("key"):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with cache.locked("key"):
+    with source.locked("key"):
         thread.start()
         assert waiting.wait(timeout=30)
         order.append("first")
@@ -88,4 +88,4 @@ def test_the_cache_is_per_user_and_can_be_moved(monkeypatch, own, xdg, expected)
     monkeypatch.setenv("HOME", "/home/me")
     for name, value in (("SPARK_ME_CACHE", own), ("XDG_CACHE_HOME", xdg)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
-    assert cache.cache_dir() == Path(expected)
+    assert source.cache_dir() == Path(expected)

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from spark_me import sparse
-from spark_me.engine import checks, info, packages
-from spark_me.engine.check_cases import Case, cases_for
-from spark_me.engine.check_layers import layers
-from spark_me.engine.checks import Variant, run_checks, variants_for
+from spark_me.engine import checks, doctor, toolchain
+from spark_me.engine.checks import Case, Variant, cases_for, layers, run_checks, variants_for
 from spark_me.engine.doctor import run_doctor
 from spark_me.errors import EngineError
 
@@ -227,14 +225,14 @@ def test_info_tells_what_is_installed_cached_and_planned(monkeypatch, tmp_path, 
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"x" * 2_000_000)
     monkeypatch.setenv("SPARK_ME_CACHE", str(tmp_path))
-    info.print_info()
+    doctor.print_info()
     text = capsys.readouterr().out
     assert [line for line in text.splitlines() if not line.startswith(" ")] == [
         "installed:",
         "cached:",
         "a build would use:",
     ]
-    assert f"MinkowskiEngine {packages.installed_version('MinkowskiEngine')}" in text
+    assert f"MinkowskiEngine {toolchain.installed_version('MinkowskiEngine')}" in text
     assert "0123  MinkowskiEngine-0.5.4-cp311.whl  2 MB" in text
 
 
@@ -242,6 +240,6 @@ def test_a_failed_package_installation_gives_the_installers_last_words(monkeypat
     uv = tmp_path / "uv"
     uv.write_text("#!/bin/sh\necho resolving\necho '  error: no disk' >&2\nexit 2\n")
     uv.chmod(0o755)
-    monkeypatch.setattr(packages, "scripts_path", lambda: str(tmp_path))
+    monkeypatch.setattr(toolchain, "scripts_path", lambda: str(tmp_path))
     with pytest.raises(EngineError, match="engine.whl cannot be installed into .*: error: no disk"):
-        packages.install_packages("/cache/engine.whl", reinstall=True)
+        toolchain.install_packages("/cache/engine.whl", reinstall=True)

@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 from spark_me.engine import source
-from spark_me.engine.cache import cache_dir
 from spark_me.engine.edits import EDITS, Edit, apply_edits, digest, edits_for
 from spark_me.engine.edits.cuda import CUDA_EDITS
+from spark_me.engine.source import cache_dir
 from spark_me.engine.target import Cuda, Target
 from spark_me.errors import EngineError
 

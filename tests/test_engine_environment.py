@@ -1,4 +1,4 @@
-"""What a build finds around it: compiler, Python's headers, BLAS, CUDA; and what it says when something is missing."""
+"""What a build finds around it: compiler, toolchain of Python, BLAS, CUDA; and what it says when one is missing."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 import torch
 
-from spark_me.engine import blas, headers, target, toolchain
+from spark_me.engine import target, toolchain
 from spark_me.errors import EngineError
 
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -80,15 +80,15 @@ def no_headers(programs, monkeypatch, tmp_path):
 def test_own_headers_need_nothing(programs, monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert headers.header_dirs() == ()
+    assert toolchain.header_dirs() == ()
 
 
 def test_missing_headers_without_apt_name_the_apt_command(no_headers):
     with pytest.raises(EngineError, match=f"sudo apt-get install {PYTHON}-dev"):
-        headers.header_dirs()
+        toolchain.header_dirs()
 
 
-# A stand-in for dpkg -x DEB FOLDER that "unpacks" the headers.
+# A stand-in for dpkg -x DEB FOLDER that "unpacks" the toolchain.
 DPKG = f'mkdir -p "$3/usr/include/{PYTHON}" && touch "$3/usr/include/{PYTHON}/Python.h"'
 
 
@@ -107,12 +107,12 @@ esac
 """
     no_headers("apt-get", script)
     no_headers("dpkg", DPKG)
-    include_dirs = headers.header_dirs()
+    include_dirs = toolchain.header_dirs()
     assert (include_dirs[0] / "Python.h").is_file()
     assert include_dirs[0].parent == include_dirs[1]
     calls = log.read_text().splitlines()
     assert len(calls) == 3
-    assert headers.header_dirs() == include_dirs
+    assert toolchain.header_dirs() == include_dirs
     assert log.read_text().splitlines() == calls
 
 
@@ -120,7 +120,7 @@ def test_headers_that_cannot_be_fetched_say_why_and_leave_nothing(no_headers, tm
     no_headers("apt-get", "echo 'E: no such package here' >&2; exit 100")
     no_headers("dpkg", DPKG)
     with pytest.raises(EngineError, match=f"no such package here.*sudo apt-get install {PYTHON}-dev"):
-        headers.header_dirs()
+        toolchain.header_dirs()
     assert list((tmp_path / "cache" / "headers").iterdir()) == []
 
 
@@ -141,39 +141,39 @@ def make_openblas(folder, product):
     return [f"-I{folder}"], [f"-L{folder}", "-lopenblas", f"-Wl,-rpath,{folder}"]
 
 
-@pytest.mark.parametrize(("product", "name"), [(15, "openblas"), (16, blas.PYPI_PACKAGE)])
+@pytest.mark.parametrize(("product", "name"), [(15, "openblas"), (16, toolchain.PYPI_PACKAGE)])
 def test_a_system_openblas_is_taken_if_it_computes(monkeypatch, tmp_path, product, name):
     flags = make_openblas(tmp_path, product)
-    monkeypatch.setattr(blas, "_system_flags", lambda: iter([([], ["-lno_such_library"]), flags]))
-    found = blas.find_blas(toolchain.require_compiler())
+    monkeypatch.setattr(toolchain, "_system_flags", lambda: iter([([], ["-lno_such_library"]), flags]))
+    found = toolchain.find_blas(toolchain.require_compiler())
     assert found.name == name
     if name == "openblas":
         assert found.version == "9.8.7"
         assert found.requirement is None
         assert (list(found.compile_flags), list(found.link_flags)) == flags
-        assert blas.prepare_blas(found) == found
+        assert toolchain.prepare_blas(found) == found
 
 
 def test_pkg_config_is_asked_first(programs):
     programs("pkg-config", 'case $1 in --cflags) echo "-I/a b" ;; --libs) echo -L/c -lopenblas ;; esac')
-    assert next(blas._system_flags()) == (["-I/a", "b"], ["-L/c", "-lopenblas"])
+    assert next(toolchain._system_flags()) == (["-I/a", "b"], ["-L/c", "-lopenblas"])
 
 
 def test_the_pypi_package_is_installed_at_its_pinned_version(monkeypatch, tmp_path):
-    home = tmp_path / blas.PYPI_MODULE
+    home = tmp_path / toolchain.PYPI_MODULE
     home.mkdir()
     (home / "__init__.py").touch()
     monkeypatch.syspath_prepend(str(tmp_path))
     wanted = []
-    monkeypatch.setattr(blas, "install_packages", lambda *requirements: wanted.extend(requirements))
-    monkeypatch.setattr(blas, "installed_version", lambda name: "0.1")
-    ready = blas.prepare_blas(blas.find_blas(None))
-    assert wanted == [f"scipy-openblas32=={blas.PYPI_VERSION}"] == [ready.requirement]
+    monkeypatch.setattr(toolchain, "install_packages", lambda *requirements: wanted.extend(requirements))
+    monkeypatch.setattr(toolchain, "installed_version", lambda name: "0.1")
+    ready = toolchain.prepare_blas(toolchain.find_blas(None))
+    assert wanted == [f"scipy-openblas32=={toolchain.PYPI_VERSION}"] == [ready.requirement]
     assert f"-I{home}/include" in ready.compile_flags
     assert "-Dcblas_dgemm=scipy_cblas_dgemm" in ready.compile_flags
     assert "-Wl,-rpath,$ORIGIN/../scipy_openblas32/lib" in ready.link_flags
-    monkeypatch.setattr(blas, "installed_version", lambda name: blas.PYPI_VERSION)
-    assert blas.prepare_blas(blas.find_blas(None)) == ready
+    monkeypatch.setattr(toolchain, "installed_version", lambda name: toolchain.PYPI_VERSION)
+    assert toolchain.prepare_blas(toolchain.find_blas(None)) == ready
     assert len(wanted) == 1
 
 

@@ -2,7 +2,7 @@
 
 import io
 
-from spark_me.engine.progress import Progress, Step, parse_step
+from spark_me.engine.build import Progress, Step, parse_step
 
 
 def test_steps_are_read_from_ninja():

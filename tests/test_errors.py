@@ -8,7 +8,7 @@ import pytest
 
 from spark_me import cli
 from spark_me.errors import LONGEST_MESSAGE, LONGEST_NAME, EngineError, UserError, printable, shorten, shown
-from spark_me.weights.strict import WeightsError
+from spark_me.weights.expected import WeightsError
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31m\u202ed\u200be\x7f\0"
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import contract_masks
+from masked_convolutions import square_window
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spark_me
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Pairs, Window, square_window
+from spark_me.sparse.neighbours import Neighbours, Pairs, Window
 
 META = torch.device("meta")
 WINDOWS = [

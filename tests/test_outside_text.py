@@ -22,10 +22,12 @@ from tiny_finetune import write_classes, write_config
 
 import spark_me
 from spark_me import cli
-from spark_me.inference.contact_sheet import draw_sheet
-from spark_me.inference.view import recipe_view
-from spark_me.train.confusion import plot_confusion
-from spark_me.train.messages import quoted
+from spark_me.config.loading import load_config, to_yaml
+from spark_me.config.tasks import FinetuneConfig
+from spark_me.downstream.evaluate import plot_confusion
+from spark_me.downstream.predict import draw_sheet
+from spark_me.downstream.preprocessing import recipe_preprocessing
+from spark_me.train.logs import quoted
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,9 +117,7 @@ def classifier(place: Place) -> bytes:
     path = place.out / "made.pt"
     fine_tuned(path, CLASSES, ema=None)
     content = torch.load(path, weights_only=True)
-    content["config"] = spark_me.config.to_yaml(
-        spark_me.config.load_config(place.home / "tiny.yaml", schema=spark_me.config.FinetuneConfig)
-    )
+    content["config"] = to_yaml(load_config(place.home / "tiny.yaml", schema=FinetuneConfig))
     torch.save(content, path)
     data = path.read_bytes()
     path.unlink()
@@ -272,7 +272,7 @@ def test_pictures_of_class_names(tmp_path: Path, classes: list[str]) -> None:
     assert max(Image.open(tmp_path / "c.png").size) < 1000
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     paths = [tmp_path / "a.png"] * len(classes)
-    draw_sheet(paths, classes, recipe_view(3, resnet=True), tmp_path / "s.png")
+    draw_sheet(paths, classes, recipe_preprocessing(3, resnet=True), tmp_path / "s.png")
     assert Image.open(tmp_path / "s.png").width < 1000
 
 

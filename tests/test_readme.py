@@ -12,8 +12,8 @@ import tiny_finetune
 from classifier_files import save_image
 
 from spark_me import cli, networks
-from spark_me.cli_grammar import parse
-from spark_me.config import SCHEMAS, load_config
+from spark_me.cli.grammar import parse
+from spark_me.config.loading import SCHEMAS, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted(ROOT.glob("docs/*.md")) if page.name != "configuration.md")]

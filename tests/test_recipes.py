@@ -10,16 +10,15 @@ import torch
 from tiny_runs import write_images
 from torch import nn
 
-from spark_me.config import load_config
+from spark_me.config.loading import load_config
 from spark_me.data.files import find_files
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import TrainState
-from spark_me.train.loop import Stepper
-from spark_me.train.optim import build_optimizer
-from spark_me.train.precision import Precision
-from spark_me.train.pretraining import Pretraining
+from spark_me.train.distributed import Precision
+from spark_me.train.pretrain import Pretraining
 from spark_me.train.reconstruct import model_of
-from spark_me.train.schedules import build_schedule, count_steps_per_epoch
+from spark_me.train.schedules import build_optimizer, build_schedule, count_steps_per_epoch
+from spark_me.train.step import Stepper
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRETRAIN = CONFIGS / "pretrain"
@@ -140,7 +139,8 @@ def test_small_data_warms_up_for_a_share_of_its_steps() -> None:
         assert schedule.lr(19_999) == pytest.approx(1e-6)
 
 
-@pytest.mark.parametrize("name", [*RECIPES, "small"])
+# The recipe at 384 pixels has the network of the one at 224.
+@pytest.mark.parametrize("name", [*(name for name in RECIPES if "-384" not in name), "small"])
 def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     # As published but for the size of image and batch, a learning rate whose first step is seen, and TF32.
     config = load_config(

@@ -9,14 +9,14 @@ import torch
 from test_recipes import IMAGENET, STEPS_OF_EPOCH
 from tiny_finetune import write_classes
 
-from spark_me.config import FinetuneConfig, load_config
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import FinetuneConfig
 from spark_me.data.class_folders import find_labelled
+from spark_me.downstream.finetune import Finetuning
 from spark_me.train.checkpoint import TrainState
-from spark_me.train.finetuning import Finetuning
-from spark_me.train.loop import Stepper
-from spark_me.train.optim import build_optimizer
-from spark_me.train.precision import Precision
-from spark_me.train.schedules import build_schedule, count_steps_per_epoch
+from spark_me.train.distributed import Precision
+from spark_me.train.schedules import build_optimizer, build_schedule, count_steps_per_epoch
+from spark_me.train.step import Stepper
 
 FINETUNE = Path(__file__).parents[1] / "configs" / "finetune"
 CPU = torch.device("cpu")

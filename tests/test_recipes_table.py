@@ -8,11 +8,11 @@ from test_recipes_finetune import FINETUNE
 from test_recipes_finetune import RECIPES as FINETUNE_RECIPES
 from torch import nn
 
-from spark_me.config import AnyConfig, FinetuneConfig, load_config
-from spark_me.train.layer_decay import LayerDecay
-from spark_me.train.optim import full_rate, parameter_groups
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import AnyConfig, FinetuneConfig
+from spark_me.downstream.layer_decay import LayerDecay
 from spark_me.train.reconstruct import model_of
-from spark_me.train.schedules import build_schedule, count_steps_per_epoch
+from spark_me.train.schedules import build_schedule, count_steps_per_epoch, full_rate, parameter_groups
 from spark_me.weights.models import build_network
 
 PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"

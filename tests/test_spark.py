@@ -1,11 +1,11 @@
-"""The exactness contract (DESIGN §6): the sparse model equals the masked-dense simulation of the same weights."""
+"""The exactness contract: the sparse model equals the masked-dense simulation of the same weights."""
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import names_in_simulation, randomise
 
 import spark_me
-from spark_me.benchmark.twins import MaskedDenseSparK
+from spark_me.bench.workloads import MaskedDenseSparK
 from spark_me.networks import dense_network
 from spark_me.trace import trace
 
@@ -30,7 +30,7 @@ def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
     model = randomise(model).to(dtype)
     network = dense_network(name, in_channels, drop_path=drop_path)
     oracle = MaskedDenseSparK(trace(network, in_channels), in_channels, decoder_width=32).to(dtype)
-    oracle.load_sparse(model.state_dict())
+    oracle.load_state_dict({**oracle.state_dict(), **names_in_simulation(model.state_dict())})
     return model, oracle
 
 
@@ -60,12 +60,12 @@ def test_loss_gradients_and_statistics_equal_the_simulation(name, drop_path, bac
     assert_close(ours.grad, theirs.grad, "gradient of the images")
     theirs_gradients = gradients(oracle)
     largest = max(gradient.abs().max() for gradient in theirs_gradients.values() if gradient is not None)
-    for key, gradient in oracle.from_sparse(gradients(model)).items():
+    for key, gradient in names_in_simulation(gradients(model)).items():
         # of parameters that a norm behind them cancels, the gradient is rounding alone
         scale = max(theirs_gradients[key].abs().max(), 1e-4 * largest)
         assert (gradient - theirs_gradients[key]).abs().max() < 1e-9 * scale, f"gradient of {key}"
     statistics = dict(oracle.named_buffers())
-    for key, statistic in oracle.from_sparse(buffers(model)).items():
+    for key, statistic in names_in_simulation(buffers(model)).items():
         assert_close(statistic, statistics[key], key)
 
 

@@ -16,7 +16,7 @@ import spark_me
 from spark_me import sparse
 from spark_me.drop_path import drop_after, residual_ends
 from spark_me.encoder import sparsify
-from spark_me.sparse import batch_norm
+from spark_me.sparse import norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def ask_for_triton(monkeypatch):
     """From now on layers take the kernels on any device; the list of the features that they take them for."""
     asked = []
-    monkeypatch.setattr(batch_norm, "computes_in_triton", lambda rows: asked.append(rows) or True)
+    monkeypatch.setattr(norms, "computes_in_triton", lambda rows: asked.append(rows) or True)
     return asked
 
 
@@ -58,7 +58,7 @@ def run(encoder):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 def test_residual_blocks_do_not_depend_on_the_kernels(kind, stride, monkeypatch):
-    monkeypatch.setattr(batch_norm, "computes_in_triton", lambda rows: False)
+    monkeypatch.setattr(norms, "computes_in_triton", lambda rows: False)
     expected = run(encoder_of(kind, stride))
     asked = ask_for_triton(monkeypatch)
     encoder = encoder_of(kind, stride)
@@ -97,8 +97,8 @@ def test_other_sites_are_refused(in_triton):
 
 def test_synchronised_norms_do_not_take_the_kernels(in_triton, monkeypatch):
     norm = sparse.convert_sync_batchnorm(nn.Sequential(sparse.BatchNorm2d(4)))[0].to(DEVICE)
-    monkeypatch.setattr("spark_me.sparse.batch_norm.several_processes", lambda: True)
-    monkeypatch.setattr("spark_me.sparse.batch_norm.synchronized_batch_norm", lambda rows, norm: rows - 2)
+    monkeypatch.setattr("spark_me.sparse.norms.several_processes", lambda: True)
+    monkeypatch.setattr("spark_me.sparse.norms.synchronized_batch_norm", lambda rows, norm: rows - 2)
     x = sparse.to_sparse(torch.ones(6, 4, 12, 16, device=DEVICE), sparse.Pyramid(contract_masks().to(DEVICE), 4))
     assert torch.equal(norm(x, sparse.with_features(x, 4 * x.F)).F, 3 * x.F)
     assert not norm(x, relu=True).F.any()

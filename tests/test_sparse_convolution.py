@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spark_me import sparse
-from spark_me.sparse.modules import dressed
+from spark_me.sparse.rules.modules import dressed
 
 PATCH = 8
 
@@ -73,7 +73,7 @@ def test_convolution(kernel_size, stride, bias, dtype, backend, assert_close):
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("side, stride", [(16, 2), (8, 1), (8, 2), (4, 1), (4, 2), (2, 1), (2, 2), (1, 1)])
 def test_grouped_and_dilated_convolution(side, stride, kernel_size, groups, dilation, backend, assert_close):
-    """`side` is the number of input sites along a patch's side: both formulations of the CPU take part."""
+    """`side` is the number of input sites along a patch's side: both algorithms of the CPU take part."""
     padding = "same" if stride == 1 else dilation * (kernel_size - 1) // 2
     arguments = convolution(kernel_size, stride, padding, dilation, groups, channels=(6, 12))
     compare_convolution(arguments, backend, assert_close, side)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from conftest import contract_masks, relative_error
+from masked_convolutions import square_window
 from torch.nn import functional
 
 from spark_me import sparse
 from spark_me.sparse import depthwise
-from spark_me.sparse.neighbours import Window, square_window
+from spark_me.sparse.neighbours import Window
 
 PATCH = 16  # 16 and 8 sites along a patch's side at strides 1 and 2: tiles; fewer: raster
 STRIDES = [2, 4, 8, 16]

@@ -1,4 +1,4 @@
-"""Batch norm of sparse tensors, residual sums and stochastic depth (DESIGN §6)."""
+"""Batch norm of sparse tensors, residual sums and stochastic depth."""
 
 import pytest
 import torch

@@ -5,10 +5,11 @@ from functools import partial
 import masked_convolutions as reference
 import pytest
 import torch
+from masked_convolutions import square_window
 
 from spark_me import sparse
 from spark_me.sparse import native
-from spark_me.sparse.neighbours import Neighbours, Window, square_window
+from spark_me.sparse.neighbours import Neighbours, Window
 
 VISIBLE = torch.tensor([[[True, False], [True, True]], [[False, False], [False, True]]])
 PATCH = 16  # 8 outputs along a patch's side at stride 2: tiles; fewer: pairs
@@ -37,7 +38,7 @@ def weight(window, outputs, inputs):
     return noise.contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def both_formulations(window, neighbours, groups):
+def both_algorithms(window, neighbours, groups):
     """Also the one that the CPU would not take."""
     settings = window, neighbours, groups
     yield lambda x, w: native.convolution(x, w, *settings)
@@ -48,11 +49,11 @@ def both_formulations(window, neighbours, groups):
 
 @pytest.mark.parametrize("groups, channels", [(1, (4, 3)), (2, (4, 6)), (4, (4, 8))])
 @pytest.mark.parametrize("window", [*OTHERS, square_window(1, 3, 2), square_window(4, 3, 1, 2), square_window(4, 2, 2)])
-def test_every_formulation_equals_dense_torch(window, groups, channels, assert_close):
+def test_every_algorithm_equals_dense_torch(window, groups, channels, assert_close):
     pyramid = sparse.Pyramid(VISIBLE, PATCH)
     inputs = rows(pyramid.neighbours, window.in_stride, channels[0]), weight(window, channels[1], channels[0] // groups)
     expected = reference.results(reference.convolution(*inputs, window, pyramid, groups), inputs)
-    for convolution in both_formulations(window, pyramid.neighbours, groups):
+    for convolution in both_algorithms(window, pyramid.neighbours, groups):
         for actual, wanted in zip(reference.results(convolution(*inputs), inputs), expected):
             assert_close(actual, wanted)
 

@@ -1,9 +1,10 @@
 """The native backend's tables against MinkowskiEngine's own kernel maps and a plain loop."""
 
 import pytest
+from masked_convolutions import square_window
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window, square_window
+from spark_me.sparse.neighbours import Neighbours, Window
 
 WINDOWS = [
     square_window(*settings)

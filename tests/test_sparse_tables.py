@@ -1,11 +1,12 @@
-"""Tables for GPU kernels: against the tables of the other formulations, a loop over places, and without real data."""
+"""Tables for GPU kernels: against the tables of the other algorithms, a loop over places, and without real data."""
 
 import pytest
 import torch
 from conftest import contract_masks
+from masked_convolutions import square_window
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spark_me.sparse.neighbours import Neighbours, Window, square_window
+from spark_me.sparse.neighbours import Neighbours, Window
 from spark_me.sparse.pyramid import Pyramid
 
 WINDOWS = [
@@ -22,7 +23,7 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_a_table_is_that_of_the_other_formulations(window, visible):
+def test_a_table_is_that_of_the_other_algorithms(window, visible):
     neighbours = Neighbours(visible, 8)
     table = neighbours.inputs_of_outputs(window)
     assert table.dtype == torch.int32 and table.is_contiguous()

@@ -11,7 +11,7 @@ import tiny_runs
 from terminal import Recording, record, record_command
 
 from spark_me import cli
-from spark_me.engine.progress import Progress
+from spark_me.engine.build import Progress
 
 REPOSITORY = Path(__file__).parents[1]
 TINY_BENCH = "bench --encoder resnet18 --batch 2 --image-size 64 --mask-ratio 0.5 --decoder-width 32 --device cpu"

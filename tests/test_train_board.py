@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spark_me.train.board import Board
+from spark_me.train.logs import Board
 
 
 @contextmanager

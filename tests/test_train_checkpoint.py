@@ -13,11 +13,12 @@ from tiny_runs import SMALL, assert_equal, write_config, write_images
 from torch import nn
 
 from spark_me import build_model, cli
-from spark_me.config import Config
-from spark_me.config_schema import DataConfig, LambConfig, OptimConfig
+from spark_me.config.data import DataConfig
+from spark_me.config.tasks import PretrainConfig
+from spark_me.config.training import LambConfig, OptimConfig
 from spark_me.errors import UserError
 from spark_me.spark import SparK
-from spark_me.train import pretraining
+from spark_me.train import pretrain
 from spark_me.train.checkpoint import (
     TrainState,
     checkpoint_of,
@@ -32,15 +33,15 @@ from spark_me.train.checkpoint import (
     step_of,
     write_checkpoint,
 )
-from spark_me.train.optim import build_optimizer
+from spark_me.train.schedules import build_optimizer
 
-CONFIG = Config(data=DataConfig(root="images", mean=[0.5] * 3, std=[0.25] * 3))
+CONFIG = PretrainConfig(data=DataConfig(root="images", mean=[0.5] * 3, std=[0.25] * 3))
 
 
 def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = build_model(encoder, image_size=(64, 64), decoder_width=32, backend="native")
-    return TrainState(model, build_optimizer(model, Config().optim), torch.amp.GradScaler("cpu", enabled=False))
+    return TrainState(model, build_optimizer(model, PretrainConfig().optim), torch.amp.GradScaler("cpu", enabled=False))
 
 
 def save(folder: Path, state: TrainState, keep_last: int = 3) -> Path:
@@ -200,7 +201,7 @@ def test_options_of_the_optimizer_are_those_of_the_run_that_goes_on(trained: Tra
 
 def test_best_is_that_of_the_lowest_held_out_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter([0.9, 0.7, 0.8])
-    monkeypatch.setattr(pretraining.Pretraining, "evaluate", lambda *_: {"held_out_loss": next(measured)})
+    monkeypatch.setattr(pretrain.Pretraining, "evaluate", lambda *_: {"held_out_loss": next(measured)})
     config = str(write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, batch_size=8))
     folder, other = tmp_path / "run" / "checkpoints", tmp_path / "other"
     assert cli.main(["pretrain", config, f"run.dir={folder.parent}"]) == 0

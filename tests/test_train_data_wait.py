@@ -2,7 +2,7 @@
 
 import pytest
 
-from spark_me.train.data_wait import STEPS, DataWait
+from spark_me.train.logs import STEPS_OF_WAIT, DataWait
 
 
 class Clock:
@@ -29,7 +29,7 @@ def test_a_starved_trainer_says_so_once_an_epoch() -> None:
         "the loader is the bottleneck: 63% of the time is spent waiting for images; "
         "raise data.workers (now 4) or shrink the images"
     )
-    assert run(wait, clock, STEPS, 0.63) == []  # the first step does not count
+    assert run(wait, clock, STEPS_OF_WAIT, 0.63) == []  # the first step does not count
     assert run(wait, clock, 50, 0.63) == [expected]
     wait.begin_epoch()
     clock.now += 1000  # a long evaluation is no waiting

@@ -10,18 +10,16 @@ from tiny_runs import write_config, write_images
 from torch import Tensor, multiprocessing, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spark_me.config import load_config
+from spark_me.config.loading import load_config
 from spark_me.data.datasets import Batch
 from spark_me.data.files import find_files
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.train.checkpoint import TrainState
-from spark_me.train.loop import Stepper
-from spark_me.train.optim import build_optimizer
-from spark_me.train.precision import Precision
-from spark_me.train.pretraining import Pretraining, require_even_split
-from spark_me.train.schedules import build_schedule
-from spark_me.train.task import Inputs
+from spark_me.train.distributed import Precision
+from spark_me.train.pretrain import Pretraining, require_even_split
+from spark_me.train.schedules import build_optimizer, build_schedule
+from spark_me.train.step import Inputs, Stepper
 
 CPU = torch.device("cpu")
 STEPS = 3

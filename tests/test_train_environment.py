@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from spark_me.train.environment import git_commit
+from spark_me.train.run_directory import git_commit
 
 
 def test_commit_of_the_source(tmp_path: Path) -> None:

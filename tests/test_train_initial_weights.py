@@ -10,7 +10,7 @@ from tiny_runs import assert_same_end, newest, write_config, write_images
 from torch import Tensor
 
 from spark_me import convert
-from spark_me.config import load_config
+from spark_me.config.loading import load_config
 from spark_me.errors import UserError
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.pretrain import pretrain

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_me.train.metrics import MetricsFile, read_metrics
+from spark_me.train.logs import MetricsFile, read_metrics
 
 
 def test_a_resumed_run_repeats_no_line(tmp_path: Path) -> None:

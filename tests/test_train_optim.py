@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from spark_me import build_model
-from spark_me.config_schema import LambConfig, OptimConfig
-from spark_me.train.optim import build_optimizer, parameter_groups
+from spark_me.config.training import LambConfig, OptimConfig
+from spark_me.train.schedules import build_optimizer, parameter_groups
 
 
 def test_no_decay_on_norms_biases_and_mask_tokens() -> None:

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_me import build_model, cli
-from spark_me.config import Config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import Batch
 from spark_me.errors import UserError
 from spark_me.train.checkpoint import TrainState, checkpoint_of, restore
-from spark_me.train.loop import Stepper
-from spark_me.train.metrics import read_metrics
-from spark_me.train.optim import build_optimizer
-from spark_me.train.precision import Precision, pick_device
-from spark_me.train.schedules import build_schedule
-from spark_me.train.task import Inputs
+from spark_me.train.distributed import Precision, device_of_process
+from spark_me.train.logs import read_metrics
+from spark_me.train.schedules import build_optimizer, build_schedule
+from spark_me.train.step import Inputs, Stepper
 
 CPU = torch.device("cpu")
 
@@ -48,7 +46,7 @@ class Fit:
 
 
 def fp16_stepper(scale: float) -> Stepper:
-    task, config, precision = Fit(), Config(), Precision("fp16", CPU)
+    task, config, precision = Fit(), PretrainConfig(), Precision("fp16", CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     optimizer = build_optimizer(task.model, config.optim)
     state = TrainState(task.model, optimizer, precision.scaler)
@@ -88,7 +86,7 @@ def test_no_scale_mends_a_loss_that_is_not_finite() -> None:
 def test_scale_comes_back() -> None:
     stepper, other = fp16_stepper(2.0**40), fp16_stepper(2.0)
     stepper.step(batch())
-    content = checkpoint_of(stepper.state, Config(), task="pretrain", steps_per_epoch=10, data_fingerprint="")
+    content = checkpoint_of(stepper.state, PretrainConfig(), task="pretrain", steps_per_epoch=10, data_fingerprint="")
     restore(other.state, content, Path("step"))
     assert other.state.scaler.get_scale() == 2.0**39
 
@@ -104,7 +102,7 @@ def test_a_run_in_fp16(tmp_path: Path) -> None:
 def test_tf32_needs_a_gpu() -> None:
     with pytest.raises(UserError, match="tf32 needs a CUDA GPU, not cpu"):
         Precision("tf32", CPU)
-    assert pick_device("cpu") == CPU
+    assert device_of_process("cpu") == CPU
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
@@ -112,7 +110,7 @@ def test_a_gpu_is_made_the_current_one_by_its_number(name: str, monkeypatch: pyt
     current: list[int] = []
     monkeypatch.setattr(torch._C, "_cuda_setDevice", current.append, raising=False)
     with FakeTensorMode():  # knows CUDA tensors without a GPU
-        assert pick_device(name) == torch.device("cuda", 0)
+        assert device_of_process(name) == torch.device("cuda", 0)
     assert current == [0]
 
 

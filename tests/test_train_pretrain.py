@@ -13,15 +13,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import SMALL
 
 from spark_me import cli
-from spark_me.config import Config, load_config
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.errors import UserError
 from spark_me.spark import SparK
-from spark_me.train import pretraining
+from spark_me.train import pretrain as pretraining
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
-from spark_me.train.metrics import read_metrics
+from spark_me.train.logs import read_metrics
 from spark_me.train.pretrain import pretrain
 
-MakeConfig = Callable[..., Config]
+MakeConfig = Callable[..., PretrainConfig]
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return read_checkpoint(list_checkpoints(run / "checkpoints")[-1])["model"]
 
 
-def message_of(config: Config) -> str:
+def message_of(config: PretrainConfig) -> str:
     with pytest.raises(UserError) as caught:
         pretrain(config)
     assert "\n" not in str(caught.value)
@@ -272,7 +273,7 @@ def test_non_finite_stops_before_the_step(
 
     build = pretraining.model_of
 
-    def build_diverging(config: Config) -> SparK:
+    def build_diverging(config: PretrainConfig) -> SparK:
         model = build(config)
         model.__class__ = Diverging
         return model

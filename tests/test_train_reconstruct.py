@@ -11,20 +11,21 @@ from PIL import Image
 from tiny_runs import write_config, write_images
 
 from spark_me import build_model, cli
-from spark_me.config import Config, load_config
-from spark_me.config_schema import DataConfig, ModelConfig
+from spark_me.config.data import DataConfig
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import ModelConfig, PretrainConfig
 from spark_me.data.files import Files, find_files
 from spark_me.data.loaders import held_out_dataset
 from spark_me.data.reading import Encoded
 from spark_me.masking import draw_visible_of_samples
 from spark_me.train import plots
 from spark_me.train.checkpoint import TrainState, checkpoint_of, list_checkpoints, write_checkpoint
-from spark_me.train.optim import build_optimizer
 from spark_me.train.plots import HIDDEN_COLOUR, NODATA_COLOUR, UNPREDICTED_COLOUR, reconstruction_figure
 from spark_me.train.pretrain import pretrain
 from spark_me.train.reconstruct import draw_reconstruction, load_images, model_of, read_subjects
+from spark_me.train.schedules import build_optimizer
 
-CONFIG = Config(
+CONFIG = PretrainConfig(
     model=ModelConfig(encoder="resnet18", backend="native", image_size=[64, 96], decoder_width=32),
     data=DataConfig(root="images"),
 )
@@ -119,7 +120,7 @@ def test_picture_against_the_files_themselves(
     model_config = ModelConfig(
         encoder="resnet18", backend="native", image_size=[height, width], decoder_width=32, in_channels=channels
     )
-    config = Config(model=model_config, data=DataConfig(root="images", mean=mean, std=std, nodata=nodata))
+    config = PretrainConfig(model=model_config, data=DataConfig(root="images", mean=mean, std=std, nodata=nodata))
     model = randomise(model_of(config))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()

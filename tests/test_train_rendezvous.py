@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from spark_me.train.rendezvous import fresh_store
+from spark_me.train.distributed import fresh_store
 
 
 def meet(store: HashStore, world_size: int, delays: dict[int, float]) -> list[bytes]:

@@ -12,7 +12,7 @@ from tiny_runs import assert_same_end, write_images
 
 from spark_me.cli import main
 from spark_me.train.checkpoint import list_checkpoints
-from spark_me.train.logging import RunLog
+from spark_me.train.logs import RunLog
 
 # 6 steps an epoch, a checkpoint after every third: step 5 lies within an epoch, and so does its last checkpoint.
 CONFIG = """

@@ -13,9 +13,9 @@ from child import Child
 
 from spark_me import cli
 from spark_me.spark import SparK
-from spark_me.train import pretraining
+from spark_me.train import pretrain as pretraining
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
-from spark_me.train.pretraining import Pretraining
+from spark_me.train.pretrain import Pretraining
 from spark_me.train.run_directory import RunDirectory
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from spark_me.config_schema import Config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.train.schedules import Schedule, build_schedule
 
 SCHEDULE = Schedule(
@@ -58,7 +58,7 @@ def test_apply_sets_decay_in_decayed_groups_alone() -> None:
 
 def test_official_recipe() -> None:
     # The official code: 2e-4 · 4096 / 256 = 3.2e-3 at the peak, from 0.005 to 0.001 of it; ImageNet has 312 such steps.
-    schedule = build_schedule(Config(), steps_per_epoch=312)
+    schedule = build_schedule(PretrainConfig(), steps_per_epoch=312)
     assert schedule.lr(0) == pytest.approx(0.005 * 3.2e-3)
     assert schedule.lr(40 * 312) == pytest.approx(3.2e-3)
     assert schedule.lr(1600 * 312 - 1) == pytest.approx(0.001 * 3.2e-3)

@@ -12,12 +12,12 @@ import tiny_runs
 
 from spark_me import cli
 from spark_me.train.checkpoint import list_checkpoints
-from spark_me.train.loop import Stepper
-from spark_me.train.stop import StopRequest
+from spark_me.train.step import Stepper
+from spark_me.train.trainer import StopRequest
 
 COMPUTING = """
 import hashlib
-from spark_me.train.stop import StopRequest
+from spark_me.train.trainer import StopRequest
 with StopRequest() as stop:
     print("computing", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # one instruction of Python's, of some seconds

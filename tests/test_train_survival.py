@@ -16,9 +16,9 @@ from tiny_runs import SMALL, assert_same_end, newest, write_config, write_images
 
 from spark_me import cli
 from spark_me.errors import UserError
-from spark_me.train import writer
+from spark_me.train import checkpoint
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
-from spark_me.train.logging import RunLog
+from spark_me.train.logs import RunLog
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_vanished_images_are_one_line(
 def test_checkpoint_that_cannot_be_written_stops_the_next_step(
     tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, written = writer.write_checkpoint, []
+    write, written = checkpoint.write_checkpoint, []
 
     def fill_up(folder: Path, content: dict, **options: object) -> Path:
         if written:
@@ -148,14 +148,14 @@ def test_checkpoint_that_cannot_be_written_stops_the_next_step(
         written.append(write(folder, content, keep_last=3))
         return written[0]
 
-    monkeypatch.setattr(writer, "write_checkpoint", fill_up)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", fill_up)
     assert pretrain(write_config(tmp_path / "tiny.yaml", images, encoder=SMALL), tmp_path / "run") == 2
     assert error_line(capsys) == "spark-me: error: disk full"
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000002.pt"]
 
 
 def test_error_of_the_last_write_surfaces(tmp_path: Path) -> None:
-    with writer.CheckpointWriter(tmp_path / "missing", keep_last=1) as one:
+    with checkpoint.CheckpointWriter(tmp_path / "missing", keep_last=1) as one:
         one.save({"step": 1})
         with pytest.raises(UserError, match="cannot be written"):
             one.wait()
@@ -166,7 +166,7 @@ def test_error_of_the_last_write_surfaces(tmp_path: Path) -> None:
 
 
 def test_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
-    from spark_me.config import Config
+    from spark_me.config.tasks import PretrainConfig
     from spark_me.train.checkpoint import TrainState, checkpoint_of
 
     layer = torch.nn.Linear(300, 300)
@@ -175,9 +175,9 @@ def test_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
     optimizer.step()
     state = TrainState(layer, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=1)
     expected = layer.weight.detach().clone()
-    content = checkpoint_of(state, Config(), task="pretrain", steps_per_epoch=1, data_fingerprint="")
+    content = checkpoint_of(state, PretrainConfig(), task="pretrain", steps_per_epoch=1, data_fingerprint="")
     optimizer.step()
-    with writer.CheckpointWriter(tmp_path, keep_last=1) as one:
+    with checkpoint.CheckpointWriter(tmp_path, keep_last=1) as one:
         one.save(content, best=True)
     for name in ("step_00000001.pt", "best.pt"):
         saved = read_checkpoint(tmp_path / name)

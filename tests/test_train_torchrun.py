@@ -17,7 +17,7 @@ from pathlib import Path
 import tiny_runs  # its encoder
 from spark_me.cli import main
 from spark_me.train import distributed
-from spark_me.train.loop import Stepper
+from spark_me.train.step import Stepper
 
 life, take_step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), Stepper.step
 

@@ -18,9 +18,8 @@ from checkpoints import (
 from spark_me.errors import UserError
 from spark_me.networks import empty_network
 from spark_me.weights.canonical import from_canonical, to_canonical
-from spark_me.weights.expected import shapes_of
+from spark_me.weights.expected import WeightsError, shapes_of
 from spark_me.weights.layouts import layout_names
-from spark_me.weights.strict import WeightsError
 
 UNUSED = ("imn_m", "imn_s", "norm_black")
 DEPTHS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]

@@ -11,7 +11,7 @@ from checkpoints import assert_bitwise, random_like
 
 import spark_me
 from spark_me.cli import main
-from spark_me.weights.files import read_card, read_state
+from spark_me.weights.files import card_of, read_content, read_state
 from spark_me.weights.layouts import layout_names
 
 
@@ -34,7 +34,7 @@ def test_command_line_to_every_layout_and_back(source, layout, suffix, capsys):
         del expected["fc.weight"], expected["fc.bias"]
     assert_bitwise({key: actual[key] for key in expected}, expected)
     assert actual.keys() == expected.keys()
-    assert read_card(there) == {
+    assert card_of(there, read_content(there)) == {
         "source": "resnet18.pth",
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
         "source_layout": "torchvision",

@@ -11,8 +11,8 @@ from torch import nn
 
 import spark_me
 from spark_me.weights.canonical import from_canonical, to_canonical
+from spark_me.weights.expected import WeightsError
 from spark_me.weights.layouts import layout_names
-from spark_me.weights.strict import WeightsError
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 import spark_me
 from spark_me.cli import main
-from spark_me.weights.files import read_card, read_state
+from spark_me.weights.files import card_of, read_content, read_state
 from spark_me.weights.layouts import layout_names
 
 
@@ -156,7 +156,7 @@ def test_command_line_converts_and_refuses_in_one_line(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "x.pth"), ours, "--to", "spark_me", "--encoder", "convnext_tiny"]) == 0
     assert main(["convert", ours, back, "--to", "torchvision"]) == 0
     assert "convnext_tiny from torchvision to spark_me layout" in capsys.readouterr().out
-    assert read_card(tmp_path / "back.pth")["encoder"] == "convnext_tiny"
+    assert card_of(tmp_path / "back.pth", read_content(tmp_path / "back.pth"))["encoder"] == "convnext_tiny"
     assert_same(read_state(tmp_path / "back.pth"), state)
     assert main(["convert", ours, str(tmp_path / "no.pth"), "--to", "detectron2"]) == 2
     error = capsys.readouterr().err

@@ -25,7 +25,7 @@ from convnext_networks import (
 from published_models import MmpretrainSparK, OfficialSparK, reconstruct
 
 import spark_me
-from spark_me.weights.strict import WeightsError
+from spark_me.weights.expected import WeightsError
 
 VISIBLE = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[0, 1, 0], [0, 0, 0]]], dtype=torch.bool)
 MEDIUM = [*SMALL, "convnext_small", "convnextv2_nano"]

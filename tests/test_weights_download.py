@@ -16,7 +16,7 @@ from terminal import record
 
 import spark_me
 from spark_me.cli import main
-from spark_me.weights import connections, fetch
+from spark_me.weights import download
 from spark_me.weights.download import local_file
 from spark_me.weights.files import read_state
 
@@ -149,7 +149,7 @@ def test_what_killed_downloads_leave_is_cleared(server: Server, home: Path, cont
 
 @pytest.mark.parametrize("when", ["before its head", "in its head", "after its head", "in its content"])
 def test_servers_that_stop_sending(server: Server, home: Path, content: bytes, when: str, monkeypatch):
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
 
     def answer(handler):
         if when == "in its head":
@@ -178,7 +178,7 @@ ENDLESS = {
 @pytest.mark.parametrize("where", ENDLESS)
 def test_servers_that_never_end_anywhere(server: Server, home: Path, where: str, monkeypatch):
     begin, more = ENDLESS[where]
-    monkeypatch.setattr(fetch, "LARGEST", 1_000_000)
+    monkeypatch.setattr(download, "LARGEST_FILE", 1_000_000)
 
     def answer(handler):
         handler.wfile.write(begin)
@@ -192,7 +192,7 @@ def test_servers_that_never_end_anywhere(server: Server, home: Path, where: str,
 @pytest.mark.parametrize("where", ENDLESS)
 def test_servers_that_send_a_byte_at_a_time(server: Server, home: Path, where: str, monkeypatch):
     begin, more = ENDLESS[where]
-    monkeypatch.setattr(connections, "SPAN", 0.3)
+    monkeypatch.setattr(download, "SPAN", 0.3)
 
     def answer(handler):
         handler.wfile.write(begin)
@@ -215,7 +215,7 @@ def endless(*headers: tuple[str, str], code: int = 200):
 
 
 def test_servers_that_never_end(server: Server, home: Path, content: bytes, monkeypatch):
-    monkeypatch.setattr(fetch, "LARGEST", 1_000_000)
+    monkeypatch.setattr(download, "LARGEST_FILE", 1_000_000)
     assert "more is sent than the 1000000 bytes that a file of no announced length" in refused(server, endless())
     assert "more is sent than announced" in refused(server, in_chunks(content, ("Content-Length", "30000")))
     # What follows the announced length is not read, so a whole checkpoint before it would be kept; here there is none.
@@ -267,7 +267,7 @@ def test_redirects_elsewhere_are_refused(server: Server, home: Path, target: str
 def test_redirects_from_https_to_http_are_refused():
     def ask(source: str, target: str):
         request = urllib.request.Request(source)
-        return fetch._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", Message(), target)
+        return download._Redirects().redirect_request(request, io.BytesIO(), 302, "Found", Message(), target)
 
     for source, target in (("https", "https"), ("http", "https"), ("http", "http")):
         assert ask(f"{source}://a/x.pth", f"{target}://b/y").full_url == f"{target}://b/y"

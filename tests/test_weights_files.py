@@ -15,7 +15,7 @@ from spark_me.errors import UserError
 from spark_me.files import sha256_of
 from spark_me.weights.files import (
     bare_state,
-    read_card,
+    card_of,
     read_content,
     read_state,
     require_sound,
@@ -54,7 +54,7 @@ def test_files_keep_tensors_and_card(tmp_path, suffix, layout):
     write_state(path, state, layout, CARD)
     read = read_state(path)
     assert_bitwise({key: read[key] for key in state}, state)  # safetensors has an order of its own
-    assert read.keys() == state.keys() and read_card(path) == CARD
+    assert read.keys() == state.keys() and card_of(path, read_content(path)) == CARD
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -87,7 +87,7 @@ def test_wrapped_files_have_the_entry_that_readers_expect(tmp_path, wrapper):
 
 def test_foreign_files_have_no_card(tmp_path):
     torch.save(some_state(), tmp_path / "x.pth")
-    assert read_card(tmp_path / "x.pth") == {}
+    assert card_of(tmp_path / "x.pth", read_content(tmp_path / "x.pth")) == {}
 
 
 def test_wrappers_of_wrappers_and_other_entries():

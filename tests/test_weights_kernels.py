@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
+from spark_me.weights.canonical import kernel_to_weight, weight_to_kernel
 
 
 @pytest.mark.parametrize(

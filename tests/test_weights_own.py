@@ -8,8 +8,8 @@ from torch import nn
 import spark_me
 from spark_me import cli, networks
 from spark_me.dense import build_network
-from spark_me.weights.files import read_card
-from spark_me.weights.strict import WeightsError
+from spark_me.weights.expected import WeightsError
+from spark_me.weights.files import card_of, read_content
 
 
 class TinyNet(nn.Module):
@@ -105,7 +105,7 @@ def test_files_say_whose_they_are(tmp_path, capsys, channels):
     for source, target, layout in steps:
         assert cli.main(["convert", str(tmp_path / source), str(tmp_path / target), "--to", layout]) == 0
         assert f"timm/regnety_002 from {'timm' if source == 'a.safetensors' else 'spark_me'}" in capsys.readouterr().out
-        assert read_card(tmp_path / target)["encoder"] == "timm/regnety_002"
+        assert card_of(tmp_path / target, read_content(tmp_path / target))["encoder"] == "timm/regnety_002"
     final = torch.load(tmp_path / "c.pth")
     assert final.keys() == model.encoder.state_dict().keys()
     assert all(torch.equal(final[name], tensor) for name, tensor in model.encoder.state_dict().items())

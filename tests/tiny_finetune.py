@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from spark_me.config import FinetuneConfig, load_config
+from spark_me.config.loading import load_config
+from spark_me.config.tasks import FinetuneConfig
 
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 CONFIG = """

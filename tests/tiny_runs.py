@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from spark_me import register_encoder
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
-from spark_me.train.metrics import read_metrics
+from spark_me.train.logs import read_metrics
 
 CONFIG = """
 model: {{encoder: {encoder}, backend: native, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}

@@ -7,7 +7,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from spark_me.data.formats import pillow_formats
+from spark_me.data.reading import pillow_formats
 
 
 @cache

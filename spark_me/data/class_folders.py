@@ -1,15 +1,15 @@
 """Labelled images in class folders, ImageNet's layout: which there are, and a balanced part of them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.data.listing import class_folders, is_there
-from spark_me.data.paths import Paths
-from spark_me.data.randomness import SUBSET, generator_of
-from spark_me.errors import UserError
+from spark_me.config.data import FinetuneDataConfig
+from spark_me.data.listing import Paths, class_folders, is_there
+from spark_me.data.sampler import SUBSET, generator_of
+from spark_me.errors import UserError, shown
 
 LISTED = 5
 
@@ -38,16 +38,16 @@ def find_labelled(data: FinetuneDataConfig, seed: int) -> LabelledFiles:
         UserError: if a split or a class is missing, or a class folder is empty.
     """
     if data.val_root is None:
-        train, classes = _class_folders(Path(str(data.root)) / "train", f"data.root={data.root}: its train/")
+        train, classes = find_classes(Path(str(data.root)) / "train", f"data.root={data.root}: its train/")
     else:
-        train, classes = _class_folders(Path(str(data.root)), f"data.root={data.root}")
+        train, classes = find_classes(Path(str(data.root)), f"data.root={data.root}")
     val, val_classes = find_val(data)
     if val_classes != classes:
         only = sorted(set(classes) ^ set(val_classes))
-        shown = ", ".join(only[:LISTED]) + (f" and {len(only) - LISTED} more" if len(only) > LISTED else "")
+        listed = ", ".join(map(shown, only[:LISTED])) + (f" and {len(only) - LISTED} more" if only[LISTED:] else "")
         raise UserError(
             f"data.root={data.root}: {len(classes)} classes to train on and {len(val_classes)} to validate on differ "
-            f"(in one of them alone: {shown}): give both the same class folders"
+            f"(in one of them alone: {listed}): give both the same class folders"
         )
     return LabelledFiles(balanced_part(train, data.fraction, seed), val, classes)
 
@@ -59,21 +59,32 @@ def find_val(data: FinetuneDataConfig) -> tuple[Labelled, list[str]]:
         UserError: if they are missing, or a class folder is empty.
     """
     if data.val_root is not None:
-        return _class_folders(Path(data.val_root), f"data.val_root={data.val_root}")
-    return _class_folders(Path(str(data.root)) / "val", f"data.root={data.root}: its val/")
+        return find_classes(Path(data.val_root), f"data.val_root={data.val_root}")
+    return find_classes(Path(str(data.root)) / "val", f"data.root={data.root}: its val/")
 
 
-def _class_folders(root: Path, key: str) -> tuple[Labelled, list[str]]:
+def find_classes(root: Path, key: str) -> tuple[Labelled, list[str]]:
+    """The images of a folder of class folders, sorted, and the names of their classes.
+
+    A class folder's own folders belong to it.
+
+    Args:
+        root: the folder.
+        key: what names it, for messages.
+
+    Raises:
+        UserError: if there is no such folder, it has less than two class folders, or one has no images.
+    """
     if not is_there(root, folder=True):
-        raise UserError(f"{key}: no such folder: give data.root the folder above train/ and val/, or add data.val_root")
+        raise UserError(f"{key}: no such folder: give one with a folder for each class, below train/ and val/ or alone")
     found = class_folders(root)
     if len(found) < 2:
         number = "one class folder alone" if found else "no class folders"
         raise UserError(f"{key}: has {number}: put each class's images in a folder of its own")
     empty = [name for name, paths in found.items() if not paths]
     if empty:
-        shown = ", ".join(empty[:LISTED])
-        raise UserError(f"{key}: no images in {len(empty)} class folders ({shown}): fill or remove them")
+        first = ", ".join(map(shown, empty[:LISTED]))
+        raise UserError(f"{key}: no images in {len(empty)} class folders ({first}): fill or remove them")
     labels = [label for label, paths in enumerate(found.values()) for _ in paths]
     return Labelled(Paths(path for paths in found.values() for path in paths), labels), list(found)
 
@@ -82,12 +93,26 @@ def balanced_part(images: Labelled, fraction: float, seed: int) -> Labelled:
     """The same share of every class, at least one image of each, in their order."""
     if fraction == 1:
         return images
+    kept = balanced_places(images.labels, fraction, seed)
+    return Labelled(images.paths.select(kept), [images.labels[place] for place in kept])
+
+
+def balanced_places(labels: Sequence[int], fraction: float, seed: int) -> list[int]:
+    """Draw the same share of every class; a smaller share lies within a larger one.
+
+    Args:
+        labels: [n].
+        fraction: in (0, 1].
+        seed: decides which.
+
+    Returns:
+        Sorted places in `labels`; of each class the rounded share, and at least one.
+    """
     places: dict[int, list[int]] = {}
-    for place, label in enumerate(images.labels):
+    for place, label in enumerate(labels):
         places.setdefault(label, []).append(place)
     kept: list[int] = []
     for label, own in places.items():
         order = torch.randperm(len(own), generator=generator_of(SUBSET, seed, 0, label)).tolist()
         kept += [own[place] for place in order[: max(1, round(fraction * len(own)))]]
-    kept.sort()
-    return Labelled(images.paths.select(kept), [images.labels[place] for place in kept])
+    return sorted(kept)

@@ -1,18 +1,61 @@
 """Reading one image: what is no image, damaged or dangerously large becomes a reason, not a crash."""
 
+import os
 import stat
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from torch import Tensor
 
-from spark_me.data import appearance, arrays
-from spark_me.data.formats import NPY, TIFF, pillow_formats
+from spark_me.data import arrays
 from spark_me.data.unreadable import UnreadableImage, unreadable_if_it_fails
+
+NPY = ".npy"
+TIFF = (".tif", ".tiff")
+NO_PICTURES = {"EPS", "MPEG", "IPTC"}
+"""Registered by Pillow, but not to be opened: it would hand the first to another program, reads only the second's size,
+and the third's text is no image."""
+CODECS = {"JPEG2000": "jpg_2000", "WEBP": "webp", "AVIF": "avif"}
+"""Formats whose files Pillow may know by name without being built to decode them."""
+
+
+@cache
+def pillow_formats() -> tuple[str, ...]:
+    """Formats that are opened, in the order in which Pillow tries them."""
+    Image.preinit()  # the commonest first
+    Image.init()
+    return tuple(name for name in Image.ID if _opens(name))
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Ends of the names of files that are taken for images, in lower case, with the dot."""
+    formats = {*pillow_formats(), "MPO"}  # which is opened as JPEG: the first of several pictures
+    return frozenset([NPY, *(suffix for suffix, name in Image.registered_extensions().items() if name in formats)])
+
+
+def is_image(name: str | os.PathLike[str]) -> bool:
+    """Whether a name is that of an image, whatever the file holds."""
+    return suffix_of(name) in suffixes()
+
+
+def suffix_of(name: str | os.PathLike[str]) -> str:
+    """The end of a name from its last dot on, in lower case; empty if there is none."""
+    return os.path.splitext(os.fspath(name).lower())[1]
+
+
+def _opens(name: str) -> bool:
+    if name in NO_PICTURES or (name in CODECS and not features.check(CODECS[name])):
+        return False
+    # A stub knows the format, but needs a decoder that somebody else installs.
+    opener = Image.OPEN[name][0]
+    return not (isinstance(opener, type) and issubclass(opener, ImageFile.StubImageFile))
+
 
 MODES = {1: "L", 3: "RGB"}
 BITS_PER_SAMPLE = 258
@@ -84,16 +127,16 @@ def _to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float 
         if channels not in MODES and len(decoded.getbands()) != channels:
             bands = len(decoded.getbands())
             raise UnreadableImage(arrays.other_channels(bands, channels, f" (mode {decoded.mode})"))
-        appearance.load(decoded)  # which one that was handed over may still need
+        arrays.load(decoded)  # which one that was handed over may still need
         if min(decoded.size) < 1:
             raise UnreadableImage(f"has no pixels (height×width {decoded.height}×{decoded.width})")
-        decoded = appearance.upright(decoded)
+        decoded = arrays.upright(decoded)
         if channels not in MODES:
             return _to_tensor(decoded, nodata)
-        shown = appearance.on_background(decoded, MODES[channels])
+        shown = arrays.on_background(decoded, MODES[channels])
         if nodata is None:
             return shown
-        return _to_tensor(shown, nodata, appearance.straight(decoded).convert(MODES[channels]))
+        return _to_tensor(shown, nodata, arrays.straight(decoded).convert(MODES[channels]))
     return _to_tensor(decoded, nodata)
 
 
@@ -154,10 +197,10 @@ def _decode_by_pillow(content: Path | bytes, channels: int) -> Image.Image | np.
         with Image.open(source, formats=pillow_formats()) as image:
             bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,))
             if image.mode == "I;16" and channels == 1 and image.format == "PNG":
-                return arrays.with_channels(appearance.grey16_on_background(appearance.upright(image)))
+                return arrays.with_channels(arrays.grey16_on_background(arrays.upright(image)))
             if image.mode.startswith(("I", "F")) or max(bits) > 8:
                 raise _NotForPillow(f"pixels are not 8 bits (mode {image.mode})")
-            appearance.load(image)
+            arrays.load(image)
             return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"too large: {error}") from None

@@ -10,9 +10,8 @@ from typing import TypeVar
 import torch
 from torch.utils.data import Sampler
 
-from spark_me.data.randomness import ORDER, SHUFFLE, generator_of, seed_of
 from spark_me.data.reading import Encoded
-from spark_me.data.sampler import steps_of_epoch
+from spark_me.data.sampler import ORDER, SHUFFLE, generator_of, seed_of, steps_of_epoch
 from spark_me.data.shards import Shards
 from spark_me.errors import UserError
 

@@ -1,5 +1,7 @@
-"""One build of MinkowskiEngine: unpack, edit, compile, and a wheel in the cache."""
+"""One build of MinkowskiEngine: key and record; unpacking, editing, compiling with progress; a wheel in the cache."""
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -10,22 +12,173 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from spark_me.engine import ENGINE_NAME, ENGINE_VERSION
-from spark_me.engine.blas import Blas, prepare_blas
-from spark_me.engine.cache import make_dir, store_wheel
-from spark_me.engine.edits import apply_edits, edits_for
-from spark_me.engine.headers import header_dirs
-from spark_me.engine.packages import scripts_path
-from spark_me.engine.progress import Progress
-from spark_me.engine.record import RECORD_NAME, BuildRecord, setup_script
-from spark_me.engine.source import unpack
+from spark_me.engine.edits import apply_edits, digest, edits_for
+from spark_me.engine.source import make_dir, store_wheel, unpack
 from spark_me.engine.target import Cuda, Target
-from spark_me.engine.toolchain import parallel_jobs, require_build_packages, require_compiler
+from spark_me.engine.toolchain import (
+    Blas,
+    header_dirs,
+    parallel_jobs,
+    prepare_blas,
+    require_build_packages,
+    require_compiler,
+    scripts_path,
+)
 from spark_me.errors import EngineError
+
+RECORD_NAME = "spark_me_build.json"
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """All that decides what a built wheel contains and where it fits. Any difference gives another key.
+
+    Attributes:
+        engine: MinkowskiEngine's version.
+        edits: fingerprint of our edits and our build script.
+        torch: torch's full version.
+        abi: tag of Python's extension modules.
+        platform: operating system and machine.
+        device: "cpu" or "cuda".
+        cuda: toolkit version and GPU architectures, "" for a CPU build.
+        blas: BLAS library and its version.
+    """
+
+    engine: str
+    edits: str
+    torch: str
+    abi: str
+    platform: str
+    device: str
+    cuda: str
+    blas: str
+
+    @property
+    def key(self) -> str:
+        """Name of this build in the cache: 16 hexadecimal digits."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """The record as the installed engine carries it."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True)
+
+
+def record_of(target: Target, blas: Blas) -> BuildRecord:
+    """The record of a build for this target and BLAS."""
+    cuda = target.cuda
+    return BuildRecord(
+        engine=ENGINE_VERSION,
+        edits=digest(edits_for(target), setup_script().encode())[:16],
+        torch=target.torch,
+        abi=target.abi,
+        platform=target.platform,
+        device=target.device,
+        cuda=f"{cuda.version[0]}.{cuda.version[1]} for {cuda.archs}" if cuda else "",
+        blas=f"{blas.name} {blas.version}",
+    )
+
+
+def setup_script() -> str:
+    """Text of the setup.py that takes the place of upstream's."""
+    return resources.files("spark_me.engine").joinpath("resources", "setup.py").read_text(encoding="utf-8")
+
+
+def installed_record() -> BuildRecord | None:
+    """The record of the installed engine; None if there is none, or if this spark_me did not build it."""
+    try:
+        distribution = importlib.metadata.distribution(ENGINE_NAME)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    path = Path(str(distribution.locate_file(f"{ENGINE_NAME}/{RECORD_NAME}")))
+    if not path.is_file():
+        return None
+    try:
+        return BuildRecord(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # cut short, or written by a spark_me with other fields
+        return None
+
+
+_STEP = re.compile(r"^\s*\[(\d+)/(\d+)\] ")
+_SOURCE = re.compile(r"([\w.-]+\.(?:cpp|cu|cc))\b")
+_BAR = 24
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step of a build: `done` of `total`, and the source file it compiled ("" if it names none)."""
+
+    done: int
+    total: int
+    name: str
+
+
+def parse_step(line: str) -> Step | None:
+    """The step that a line of ninja's output reports, None if it reports none."""
+    match = _STEP.match(line)
+    if match is None:
+        return None
+    sources = _SOURCE.findall(line)
+    return Step(int(match[1]), int(match[2]), sources[-1] if sources else "")
+
+
+class Progress:
+    """Draws a build's steps on `stream`: redrawn in place on a terminal, else one plain line a step.
+
+    Args:
+        label: what is being built.
+        stream: where to draw.
+        clock: seconds, for the elapsed time.
+    """
+
+    def __init__(self, label: str, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._label = label
+        self._stream = stream
+        self._clock = clock
+        self._start = clock()
+        self._terminal = stream.isatty()
+        self._step = Step(0, 0, "")
+
+    def read(self, line: str) -> None:
+        """Take in one line of the build's output."""
+        step = parse_step(line)
+        if step is None:
+            return
+        self._step = step
+        if not self._terminal:
+            name = f"  {step.name}" if step.name else ""
+            self._write(f"{self._label}: {step.done}/{step.total}  {self._elapsed()}{name}\n")
+
+    def tick(self) -> None:
+        """Redraw, so that the elapsed time moves while a long file compiles."""
+        if not self._terminal:
+            return
+        done, total = self._step.done, self._step.total
+        filled = _BAR * done // total if total else 0
+        count = f"{done}/{total} files" if total else "preparing"
+        self._write(f"\r{self._label} [{'#' * filled}{'.' * (_BAR - filled)}] {count}  {self._elapsed()}  \b\b")
+
+    def close(self) -> None:
+        """Leave the drawn line behind."""
+        if self._terminal:
+            self.tick()
+            self._write("\n")
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(self._clock() - self._start), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
 
 # The build backend's own entry point: what pip would call, without pip between us and the compiler's output.
 _BUILD = "from setuptools.build_meta import build_wheel; build_wheel('dist')"

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark_me.engine import ENGINE_NAME, ENGINE_VERSION
-from spark_me.engine.blas import Blas, find_blas, package_home, prepare_blas
-from spark_me.engine.build import build_wheel
-from spark_me.engine.cache import cache_dir, cached_wheel, locked
-from spark_me.engine.packages import install_packages
-from spark_me.engine.record import BuildRecord, installed_record, record_of
-from spark_me.engine.source import get_archive
+from spark_me.engine.build import BuildRecord, build_wheel, installed_record, record_of
+from spark_me.engine.source import cache_dir, cached_wheel, get_archive, locked
 from spark_me.engine.target import Target, find_target
-from spark_me.engine.toolchain import find_compiler
+from spark_me.engine.toolchain import (
+    Blas,
+    find_blas,
+    find_compiler,
+    install_packages,
+    package_home,
+    prepare_blas,
+)
 from spark_me.errors import EngineError
 
 

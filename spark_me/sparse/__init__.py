@@ -1,12 +1,18 @@
 """Sparse tensors and layers on MinkowskiEngine: the only part of spark_me that imports it."""
 
-from spark_me.sparse.batch_norm import BatchNorm2d, convert_sync_batchnorm
-from spark_me.sparse.choice import choose, measured_choices
 from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
+from spark_me.sparse.kernels.autotune import choose, measured_choices
 from spark_me.sparse.layers import AvgPool2d, Conv2d, DropPath, MaxPool2d, add
-from spark_me.sparse.modules import rule
-from spark_me.sparse.norms import GlobalResponseNorm, GroupNorm, InstanceNorm2d, LayerNorm
+from spark_me.sparse.norms import (
+    BatchNorm2d,
+    GlobalResponseNorm,
+    GroupNorm,
+    InstanceNorm2d,
+    LayerNorm,
+    convert_sync_batchnorm,
+)
 from spark_me.sparse.pyramid import BACKENDS, Pyramid
+from spark_me.sparse.rules.modules import rule
 from spark_me.sparse.tensor import (
     SparseTensor,
     at_stride,

@@ -6,9 +6,9 @@ CPU by how many sites a patch has along its side:
 - *tiles*: every visible patch with a halo of its neighbours; no hidden site costs arithmetic, but halos are copied.
 - *raster*: the whole maps, zero where hidden; a few hidden sites cost less than halos wider than the patch.
 
-A GPU takes what was fastest there (`spark_me.sparse.choice`): one of these, or with Triton
+A GPU takes what was fastest there (`spark_me.sparse.kernels.autotune`): one of these, or with Triton
 
-- *gather*: a kernel that reads the rows by a neighbour table (`spark_me.sparse.gathered_depthwise`).
+- *gather*: a kernel that reads the rows by a neighbour table (`spark_me.sparse.kernels.depthwise`).
 
 The input gradient is the same convolution with the kernel turned round. Images are laid out again in the backward
 pass instead of being kept.
@@ -22,14 +22,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from spark_me.sparse import choice
+from spark_me.sparse.kernels import autotune
 from spark_me.sparse.minkowski import weight_to_kernel
-from spark_me.sparse.neighbours import Neighbours, Pair, Window
+from spark_me.sparse.neighbours import MIN_TILE_SIDE, Neighbours, Pair, Window, images_of, rows_of, tiles_of
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tiles import images_of, rows_of, tiles_of
 
-MIN_TILE_SIDE = 8
-"""Sites along a patch's side from which tiles are faster than the raster."""
 PART_SITES = 1024
 """On CPU, kernel gradients are computed for images of about so many sites at a time, which stay in cache."""
 
@@ -50,11 +47,11 @@ def convolution(rows: Tensor, weight: Tensor, bias: Tensor | None, pyramid: Pyra
         pyramid: that the rows lie on.
         window: centred.
     """
-    if choice.is_open(rows):
+    if autotune.is_open(rows):
         geometry = (window.in_stride, *window.size, *window.dilation, pyramid.patch_size)
         bias = weight.new_zeros(len(weight)) if bias is None else bias  # what is measured takes tensors alone
-        formulations = _formulations(rows.device, pyramid, window)
-        return choice.CHOICES.run("depthwise convolution", geometry, formulations, rows, weight, bias)
+        algorithms = _algorithms(rows.device, pyramid, window)
+        return autotune.CHOICES.run("depthwise convolution", geometry, algorithms, rows, weight, bias)
     return _DepthwiseConvolution.apply(rows, weight, bias, _layout(pyramid, window))
 
 
@@ -111,7 +108,7 @@ class _Raster:
         return rows_of(outputs).index_select(0, self._pyramid.raster_index(self.window.in_stride))
 
 
-def _formulations(device: torch.device, pyramid: Pyramid, window: Window) -> choice.Formulations:
+def _algorithms(device: torch.device, pyramid: Pyramid, window: Window) -> autotune.Algorithms:
     def laid_out(layout: _Layout) -> Callable[..., Tensor]:
         return lambda *inputs: _DepthwiseConvolution.apply(*inputs, layout)
 
@@ -120,17 +117,17 @@ def _formulations(device: torch.device, pyramid: Pyramid, window: Window) -> cho
 
 
 def _gathers(device: torch.device, pyramid: Pyramid, window: Window) -> dict[str, Callable[..., Tensor]]:
-    if not choice.kernels_run_on(device) or window.size[0] != window.size[1]:
+    if not autotune.kernels_run_on(device) or window.size[0] != window.size[1]:
         return {}
-    from spark_me.sparse import gathered_depthwise  # Triton is imported where it is used
+    from spark_me.sparse.kernels import depthwise  # Triton is imported where it is used
 
     def cut(block: int) -> Callable[..., Tensor]:
         table = pyramid.neighbours.inputs_of_outputs
-        return lambda x, weight, bias: gathered_depthwise.convolution(
+        return lambda x, weight, bias: depthwise.convolution(
             x, weight_to_kernel(weight)[:, 0], bias, table(window), block
         )
 
-    return {f"gather {name}": cut(block) for name, block in gathered_depthwise.BLOCKS.items()}
+    return {f"gather {name}": cut(block) for name, block in depthwise.BLOCKS.items()}
 
 
 def _layout(pyramid: Pyramid, window: Window) -> _Layout:

@@ -1,20 +1,4 @@
-"""The `native` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter.
-
-Exact formulations of a convolution, of which the CPU takes one of the first two by how many outputs a patch has along
-its side; a GPU takes what was fastest there (`spark_me.sparse.choice`):
-
-- *tiles*: every visible patch with a halo of its neighbours (zero where hidden) is one small dense image, for the dense
-  convolution of torch. The gradient is the adjoint: dense convolution's own, then the halos are added to the patches
-  that they came from.
-- *pairs*: one matrix product per kernel offset, over the neighbours that are present; hidden ones cost nothing. The
-  gradient is the same with the roles exchanged. Finding them waits for a GPU.
-- *implicit_gemm*: one kernel that gathers by a neighbour table (`spark_me.sparse.implicit_gemm`), on GPUs with Triton.
-
-None keeps what it gathered for the backward pass: gathering again costs less than the memory traffic.
-
-Weights are torch's, [Cout, Cin/groups, kh, kw]. With channels last in memory (as encoders keep them) the matrix of a
-kernel offset is a view that the matrix product takes as it is, and torch's convolution takes the whole.
-"""
+"""The `native` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter."""
 
 import math
 from collections.abc import Callable
@@ -26,15 +10,70 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from spark_me.sparse import choice
-from spark_me.sparse.grouped import multiply, multiply_rows, multiply_transposed
+from spark_me.sparse.kernels import autotune
 from spark_me.sparse.minkowski import weight_to_kernel
-from spark_me.sparse.neighbours import Neighbours, Pair, Pairs, Window
+from spark_me.sparse.neighbours import (
+    MIN_TILE_SIDE,
+    Neighbours,
+    Pair,
+    Pairs,
+    Window,
+    every,
+    fold,
+    images_of,
+    rows_of,
+    tile_shape,
+    tiles_of,
+)
 from spark_me.sparse.pyramid import Pyramid
-from spark_me.sparse.tiles import every, fold, images_of, rows_of, tile_shape, tiles_of
 
-MIN_TILE_SIDE = 8
-"""Outputs along a patch's side from which tiles are faster than gathering (docs/benchmarks.md)."""
+
+def multiply(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """Rows [n, Cin] by the transposes of the groups' matrices [Cout, Cin/groups] → [n, Cout]."""
+    if groups == 1:
+        return functional.linear(rows, matrix)
+    if _one_each(matrix, groups):
+        return rows * matrix.flatten()
+    return _joined(torch.bmm(_by_group(rows, groups), _split(matrix, groups).mT))
+
+
+def multiply_transposed(rows: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """Rows [n, Cout] by the groups' matrices [Cout, Cin/groups] → [n, Cin]."""
+    if groups == 1:
+        return rows @ matrix
+    if _one_each(matrix, groups):
+        return rows * matrix.flatten()
+    return _joined(torch.bmm(_by_group(rows, groups), _split(matrix, groups)))
+
+
+def multiply_rows(x: Tensor, y: Tensor, groups: int, out: Tensor) -> None:
+    """Transpose of x [n, Cout] by y [n, Cin] in every group, written to `out` [Cout, Cin/groups]."""
+    if groups == 1:
+        torch.mm(x.t(), y, out=out)
+    elif _one_each(out, groups):
+        out.copy_((x * y).sum(dim=0)[:, None])
+    else:
+        out.copy_(torch.bmm(_by_group(x, groups).mT, _by_group(y, groups)).flatten(0, 1))
+
+
+def _one_each(matrix: Tensor, groups: int) -> bool:
+    """Whether every channel is a group of its own."""
+    return matrix.shape == (groups, 1)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[n, C] → [groups, n, C/groups]."""
+    return x.view(x.shape[0], groups, -1).transpose(0, 1)
+
+
+def _split(matrix: Tensor, groups: int) -> Tensor:
+    """[Cout, Cin/groups] → [groups, Cout/groups, Cin/groups]."""
+    return matrix.unflatten(0, (groups, -1))
+
+
+def _joined(x: Tensor) -> Tensor:
+    """[groups, n, C/groups] → [n, C]."""
+    return x.transpose(0, 1).flatten(1)
 
 
 def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighbours, groups: int = 1) -> Tensor:
@@ -53,10 +92,10 @@ def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighb
         return multiply(rows, weight.flatten(1), groups)  # a view, whose gradient is one, too
     if window.span == (window.stride, window.stride) and window.before == (0, 0) and groups == 1:
         return _patchify(rows, weight, window, neighbours)
-    if groups == 1 and choice.is_open(rows):
+    if groups == 1 and autotune.is_open(rows):
         geometry = (window.in_stride, *window.size, window.stride, *window.dilation, *window.before)
-        formulations = _formulations(weight, window, neighbours)
-        return choice.CHOICES.run("convolution", (*geometry, neighbours.patch_size), formulations, rows, weight)
+        algorithms = _algorithms(weight, window, neighbours)
+        return autotune.CHOICES.run("convolution", (*geometry, neighbours.patch_size), algorithms, rows, weight)
     # On a GPU, groups stay with tiles: finding pairs would wait for it.
     if neighbours.side(window.out_stride) >= MIN_TILE_SIDE or rows.is_cuda:
         return _TileConvolution.apply(rows, weight, window, neighbours, groups)
@@ -72,10 +111,10 @@ def convolution_to_raster(rows: Tensor, weight: Tensor, stride: int, pyramid: Py
         stride: tensor stride of rows and map.
         pyramid: that the rows lie on.
     """
-    if choice.is_open(rows):
+    if autotune.is_open(rows):
         geometry = (stride, weight.shape[-1], pyramid.patch_size)
-        formulations = _formulations_to_raster(weight, stride, pyramid)
-        return choice.CHOICES.run("convolution to dense", geometry, formulations, rows, weight)
+        algorithms = _algorithms_to_raster(weight, stride, pyramid)
+        return autotune.CHOICES.run("convolution to dense", geometry, algorithms, rows, weight)
     return _pairs_to_raster(rows, weight, stride, pyramid)
 
 
@@ -110,20 +149,20 @@ def _sum_pool(images: Tensor, window: Window) -> Tensor:
     return functional.avg_pool2d(images, window.size, window.stride, divisor_override=1)
 
 
-def _formulations(weight: Tensor, window: Window, neighbours: Neighbours) -> choice.Formulations:
+def _algorithms(weight: Tensor, window: Window, neighbours: Neighbours) -> autotune.Algorithms:
     def tiles(rows: Tensor, weight: Tensor) -> Tensor:
         return _TileConvolution.apply(rows, weight, window, neighbours, 1)
 
     def pairs(rows: Tensor, weight: Tensor) -> Tensor:
         return _PairConvolution.apply(rows, weight, neighbours.pairs(window), neighbours.sites(window.out_stride), 1)
 
-    if not choice.kernels_run_on(weight.device):
+    if not autotune.kernels_run_on(weight.device):
         return {"tiles": tiles, "pairs": pairs}
     table, transposed = partial(neighbours.inputs_of_outputs, window), partial(neighbours.outputs_of_inputs, window)
     return {**_implicit_gemms(weight, table, transposed), "tiles": tiles}
 
 
-def _formulations_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> choice.Formulations:
+def _algorithms_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> autotune.Algorithms:
     size = weight.shape[-1]
 
     def dense(rows: Tensor, weight: Tensor) -> Tensor:
@@ -132,7 +171,7 @@ def _formulations_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> ch
     def pairs(rows: Tensor, weight: Tensor) -> Tensor:
         return _pairs_to_raster(rows, weight, stride, pyramid)
 
-    if not choice.kernels_run_on(weight.device):
+    if not autotune.kernels_run_on(weight.device):
         return {"dense": dense, "pairs": pairs}
     table = partial(pyramid.neighbours.inputs_of_places, stride, size)
     transposed = partial(pyramid.neighbours.places_of_inputs, stride, size)
@@ -142,7 +181,7 @@ def _formulations_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> ch
 def _implicit_gemms(
     weight: Tensor, table: Callable[[], Tensor], transposed: Callable[[], Tensor]
 ) -> dict[str, Callable[..., Tensor]]:
-    from spark_me.sparse import implicit_gemm  # Triton is imported where it is used
+    from spark_me.sparse.kernels import implicit_gemm  # Triton is imported where it is used
 
     def cut(blocks: implicit_gemm.Blocks) -> Callable[..., Tensor]:
         return lambda rows, weight: implicit_gemm.convolution(

@@ -1,17 +1,90 @@
-"""Which input rows lie under the kernel of each output: index tables shared by all layers of a scale.
+"""Which input rows lie under the kernel of each output: index tables, and tiles, shared by all layers of a scale."""
 
-The tables follow from the pyramid's mask by integer arithmetic on a raster of row numbers; a test proves them equal to
-MinkowskiEngine's kernel maps. Offsets are numbered as MinkowskiEngine numbers them: y varies fastest.
-"""
-
+import itertools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from spark_me.devices import copy_to
-from spark_me.sparse.tables import Reads, around_places, rows_read
 
+
+class Reads(NamedTuple):
+    """What the places of a patch read along one axis, down as across.
+
+    Place p reads, under kernel offset k, the position (scale·p + step·k + first) / divisor, in sites from the patch's
+    corner. It may lie in another patch; where the division leaves a rest, nothing is read.
+    """
+
+    places: int
+    """Places p along a patch's side."""
+    offsets: int
+    """Kernel offsets k along an axis."""
+    scale: int
+    step: int
+    first: int
+    divisor: int
+
+    def reach(self, side: int) -> int:
+        """How many patches of `side` sites away the positions lie at most."""
+        last = self.step * (self.offsets - 1)
+        lowest = (self.first + min(0, last)) // self.divisor
+        highest = (self.first + max(0, last) + self.scale * (self.places - 1)) // self.divisor
+        return max(-(lowest // side), highest // side)
+
+
+def rows_read(reads: tuple[Reads, Reads], around: Tensor, side: int, missing: int) -> Tensor:
+    """The row that every place reads under every kernel offset, numbered as MinkowskiEngine does (y varies fastest).
+
+    Args:
+        reads: along each axis, (down, across), of as many places.
+        around: [patches, w, w], the numbers of the visible patches around each patch, w = 2·reach + 1; where there is
+            none, one past the last.
+        side: sites along a patch's side of what is read.
+        missing: N, the number of rows, for places that read nothing.
+
+    Returns:
+        int32 [K, patches · places²], places patch by patch and row-major within a patch.
+    """
+    patches, width = around.shape[:2]
+    (exact_y, patch_y, within_y), (exact_x, patch_x, within_x) = (
+        _cells(axis, side, width, around.device) for axis in reads
+    )
+    # x varies slowest among the offsets and fastest among the places: kx ky y x
+    cell = (within_y[:, :, None] * side + within_x[:, None, None, :]).flatten(2).flatten(0, 1)
+    index = (patch_y[:, :, None] * width + patch_x[:, None, None, :]).flatten(2).flatten(0, 1)
+    exact = (exact_y[:, :, None] & exact_x[:, None, None, :]).flatten(2).flatten(0, 1)
+    numbers = functional.pad(around.flatten(1).int(), (0, 1), value=missing // side**2)
+    index = torch.where(exact, index, width**2)
+    rows = numbers[torch.arange(patches, device=around.device)[:, None], index[:, None]]  # K patch place
+    return rows.mul_(side**2).add_(cell[:, None].int()).clamp_(max=missing).flatten(1)
+
+
+def _cells(reads: Reads, side: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis, [offsets, places]: whether anything is read, from which patch around, and where in that."""
+    place, offset = (torch.arange(count, device=device) for count in (reads.places, reads.offsets))
+    position = reads.scale * place + reads.step * offset[:, None] + reads.first
+    exact, position = position % reads.divisor == 0, position // reads.divisor
+    patch = position // side
+    return exact, patch + width // 2, position - patch * side
+
+
+def around_places(numbers: Tensor, reach: int, missing: int) -> Tensor:
+    """The numbers around every place of a grid: [B, fh, fw] → [B·fh·fw, w, w], w = 2·reach + 1.
+
+    Args:
+        numbers: of the visible patches; `missing` where a patch is hidden.
+        reach: how far around.
+        missing: for places beyond the grid.
+    """
+    width = 2 * reach + 1
+    padded = functional.pad(numbers, [reach] * 4, value=missing)
+    return padded.unfold(1, width, 1).unfold(2, width, 1).reshape(-1, width, width)
+
+
+MIN_TILE_SIDE = 8
+"""Sites along a patch's side from which tiles are faster than gathering neighbours (docs/benchmarks.md)."""
 Pair = tuple[int, int]
 """(down, across)."""
 
@@ -54,11 +127,6 @@ class Window(NamedTuple):
         """The same, where MinkowskiEngine lays it: odd kernels are centred, even ones start at the site."""
         down, across = (step * (size // 2) if size % 2 else 0 for step, size in zip(self.dilation, self.size))
         return self._replace(before=(down, across))
-
-
-def square_window(in_stride: int, size: int, stride: int = 1, dilation: int = 1) -> Window:
-    """A square kernel, where MinkowskiEngine lays it."""
-    return Window(in_stride, (size, size), stride, (dilation, dilation), (0, 0)).in_engine
 
 
 class Pairs(NamedTuple):
@@ -289,3 +357,73 @@ class Neighbours:
         present = inside & self._visible[image, rows, columns]
         site = (self._patch_number[image, rows, columns] * side + within_y[:, None]) * side + within_x[None, :]
         return torch.where(present, site, self.sites(stride))
+
+
+def _gather(rows: Tensor, table: Tensor, empty: float = 0.0) -> Tensor:
+    """rows [N, C] and table [M, K] → [M, K·C]; `empty` where the table says N."""
+    padded = functional.pad(rows, (0, 0, 0, 1), value=empty)
+    return padded.index_select(0, table.flatten()).view(table.shape[0], -1)
+
+
+def tiles_of(rows: Tensor, window: Window, neighbours: Neighbours, empty: float) -> Tensor:
+    """Every visible patch with the halo that the window needs: [M, C, h, w], channels last in memory."""
+    (top, left), length = window.before, tile_shape(window, neighbours)
+    table = neighbours.of_tiles(window.in_stride, (-top, -left), length)
+    tiles = _gather(rows, table.flatten(1), empty)
+    return tiles.view(-1, *length, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def tile_shape(window: Window, neighbours: Neighbours) -> Pair:
+    """(h, w) of a tile."""
+    steps = (neighbours.side(window.out_stride) - 1) * window.stride
+    height, width = window.span
+    return steps + height, steps + width
+
+
+def fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
+    """Adjoint of `tiles_of`: add every tile's halo to the patch that it came from, [M, C, h, w] → [N, C]."""
+    side, (top, left) = neighbours.side(window.in_stride), window.before
+    height, width = tiles.shape[2:]
+    images = tiles.permute(0, 2, 3, 1)
+    # the patch itself; a kernel that is shorter than its stride, or starts behind its site, leaves some of it out
+    own_y, tile_y = _overlap(-top, height, side)
+    own_x, tile_x = _overlap(-left, width, side)
+    if own_y == own_x == slice(0, side):
+        folded = images[:, tile_y, tile_x].contiguous()
+    else:
+        folded = images.new_zeros(len(images), side, side, images.shape[3])
+        folded[:, own_y, own_x] = images[:, tile_y, tile_x]
+    # patches that the halo reaches over
+    reach = max(-(-max(start, length - start - side, 0) // side) for start, length in ((top, height), (left, width)))
+    steps = range(-reach, reach + 1)
+    around = neighbours.of_tiles(neighbours.patch_size, (-reach, -reach), (len(steps), len(steps)))
+    for down, across in itertools.product(steps, steps):
+        # the tile of the patch `down`, `across` of mine starts here in my coordinates
+        mine_y, theirs_y = _overlap(down * side - top, height, side)
+        mine_x, theirs_x = _overlap(across * side - left, width, side)
+        if (down or across) and mine_y.start < mine_y.stop and mine_x.start < mine_x.stop:
+            halo = functional.pad(images[:, theirs_y, theirs_x], (0, 0, 0, 0, 0, 0, 0, 1))
+            folded[:, mine_y, mine_x] += halo.index_select(0, around[:, reach + down, reach + across])
+    return folded.view(-1, tiles.shape[1])
+
+
+def _overlap(start: int, length: int, side: int) -> tuple[slice, slice]:
+    """Where [start, start + length) overlaps [0, side), in the coordinates of the latter and of the former."""
+    first, last = max(0, start), min(side, start + length)
+    return slice(first, last), slice(first - start, last - start)
+
+
+def every(rows: Tensor, step: int, side: int) -> Tensor:
+    """The first of every step × step sites: rows of patches of `side`² sites → of (side / step)² sites."""
+    blocks = rows.reshape(-1, side // step, step, side // step, step, rows.shape[1])
+    return blocks[:, :, 0, :, 0].flatten(0, 2)
+
+
+def rows_of(images: Tensor) -> Tensor:
+    """[M, C, side, side] → rows [M·side², C]."""
+    return images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+
+
+def images_of(rows: Tensor, side: int) -> Tensor:
+    """Rows [M·side², C] → [M, C, side, side], channels last in memory."""
+    return rows.reshape(-1, side, side, rows.shape[1]).permute(0, 3, 1, 2)

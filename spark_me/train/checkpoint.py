@@ -1,10 +1,11 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped."""
+"""Checkpoints: everything a run needs to go on as if it had never stopped; written beside the training."""
 
 import pickle
 import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import spark_me
-from spark_me.config import AnyConfig, Config, parse_config, to_yaml
+from spark_me.config.loading import parse_config, to_yaml
+from spark_me.config.tasks import AnyConfig, PretrainConfig
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
 from spark_me.weights.files import require_sound, require_weights
@@ -261,7 +263,7 @@ def read_checkpoint(path: Path, task: str = PRETRAIN) -> dict[str, Any]:
     return content
 
 
-def config_of(content: dict[str, Any], path: Path) -> Config:
+def config_of(content: dict[str, Any], path: Path) -> PretrainConfig:
     """The configuration that a checkpoint was written under."""
     return parse_config(content["config"], str(path))
 
@@ -312,3 +314,48 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_copied(item) for item in value)
     return value
+
+
+class CheckpointWriter:
+    """Writes in one thread, one checkpoint at a time. Leaving its block waits for the last one."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._pending: Future[Path] | None = None
+
+    def save(self, content: dict[str, Any], *, best: bool = False) -> None:
+        """Begin to write what `checkpoint_of` returned, after the checkpoint before it is on the disk.
+
+        Raises:
+            UserError: if that one could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(write_checkpoint, self.folder, content, keep_last=self.keep_last, best=best)
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed; does not wait.
+
+        Raises:
+            UserError: saying what and which checkpoint is the last good one.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            UserError: if it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        # An error in the block is what the user has to hear of; one of the last write was to be had by `wait`.
+        self._thread.shutdown(wait=True)

@@ -1,17 +1,86 @@
-"""Several processes that train one model: who is who, and how they agree. torchrun starts them; alone, all is free."""
+"""The processes of a run and their devices: who is who, how they agree, what they compute in, what breaks outside."""
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store
 
-from spark_me.errors import UserError
-from spark_me.train.failures import first_line
-from spark_me.train.rendezvous import fresh_store
+from spark_me.data.loaders import death_of_worker
+from spark_me.data.unreadable import UnreadableFiles
+from spark_me.devices import float32_products, pick_device
+from spark_me.errors import UserError, first_line
+
+
+@contextmanager
+def named_failures() -> Iterator[None]:
+    """Turn torch's errors about other processes into one line that says how to go on.
+
+    Raises:
+        UserError: in place of such a RuntimeError; others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        death = death_of_worker(error)
+        if death is not None:
+            raise UserError(
+                f"{death} repeat the command to go on from the last checkpoint, with fewer data.workers if it happens "
+                "again; spark-me data check names what a decoder dies of"
+            ) from None
+        # torch raises some of them with no type of their own.
+        if isinstance(error, DistError) or "gloo" in text:
+            raise UserError(
+                f"another process of this run was lost ({first_line(error)}): what it said last tells why; repeat the "
+                "command to go on from the last checkpoint"
+            ) from None
+        raise
+
+
+INTERVAL = 0.05
+"""Seconds between looks at the store."""
+
+
+def fresh_store(store: Store, rank: int, world_size: int) -> Store:
+    """A part of a store that is these processes' own: nothing in it is from those that they replace.
+
+    Every process gives itself a name. The main one proposes the names that it finds, which may be old, until every
+    process has confirmed a proposal; a process confirms those with its own name only.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"name/{rank}", own)
+    return PrefixStore(_propose(store, world_size) if rank == 0 else _confirm(store, rank, own), store)
+
+
+def _propose(store: Store, world_size: int) -> str:
+    while True:
+        names = " ".join(store.get(f"name/{rank}").decode() for rank in range(world_size))
+        proposal = hashlib.sha256(names.encode()).hexdigest()
+        store.set(f"names/{proposal}", names)
+        store.set("proposal", proposal)
+        if all(store.check([f"confirmed/{proposal}/{rank}"]) for rank in range(1, world_size)):
+            store.set(f"settled/{proposal}", "")
+            return proposal
+        time.sleep(INTERVAL)
+
+
+def _confirm(store: Store, rank: int, own: str) -> str:
+    while True:
+        proposal = store.get("proposal").decode()
+        if own.encode() in store.get(f"names/{proposal}"):
+            store.set(f"confirmed/{proposal}/{rank}", "")
+            if store.check([f"settled/{proposal}"]):
+                return proposal
+        time.sleep(INTERVAL)
+
 
 T = TypeVar("T")
 
@@ -64,7 +133,7 @@ def shared(error: UserError) -> BaseException:
 
 
 @contextmanager
-def agreed() -> Iterator[None]:
+def raise_together() -> Iterator[None]:
     """A block without communication that may fail on any process: if it fails on one, all stop behind it.
 
     Raises:
@@ -78,11 +147,11 @@ def agreed() -> Iterator[None]:
         if not _together():
             raise
         own = error
-    if total(own is not None)[0]:
-        raise shared(everyones([] if own is None else [own])[0]) from None
+    if all_reduce(own is not None)[0]:
+        raise shared(all_gather([] if own is None else [own])[0]) from None
 
 
-def total(*values: float) -> tuple[float, ...]:
+def all_reduce(*values: float) -> tuple[float, ...]:
     """Sums over all processes, in float64."""
     if not _together():
         return values
@@ -91,7 +160,7 @@ def total(*values: float) -> tuple[float, ...]:
     return tuple(sums.tolist())
 
 
-def everyones(own: Sequence[T]) -> list[T]:
+def all_gather(own: Sequence[T]) -> list[T]:
     """The items of all processes, by rank."""
     if not _together():
         return list(own)
@@ -100,7 +169,7 @@ def everyones(own: Sequence[T]) -> list[T]:
     return [item for items in gathered for item in items]
 
 
-def of_main(value: T) -> T:
+def broadcast(value: T) -> T:
     """The main process's value, on every process."""
     if not _together():
         return value
@@ -111,3 +180,56 @@ def of_main(value: T) -> T:
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+SMALLEST_SCALE = 1e-4
+"""Of fp16's loss: below it no gradient is left to save, the run diverges."""
+
+
+class Precision:
+    """`train.precision` on a device."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        """
+        Raises:
+            UserError: if the device cannot compute so.
+        """
+        if name == "tf32" and device.type != "cuda":
+            raise UserError(f"train.precision=tf32 needs a CUDA GPU, not {device}: use fp32 or bf16")
+        self.name = name
+        self.device = device
+        self.autocast = torch.autocast(device.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def products(self) -> AbstractContextManager:
+        """Within, float32 products on a GPU take TF32 for tf32, and are float32's own for fp32."""
+        return float32_products(tf32=self.name == "tf32") if self.device.type == "cuda" else nullcontext()
+
+
+def device_of_process(name: str) -> torch.device:
+    """The device of this process for `run.device`: of several processes on a machine, each takes its own GPU.
+
+    Raises:
+        UserError: if there is no such device, or fewer GPUs than processes.
+    """
+    if world_size() > 1 and (name == "cuda" or name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    advice = "use run.device=auto or cpu, and no more processes on a machine than it has GPUs"
+    device = pick_device(name, "run.device=", advice)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def note_unreadable(unreadable: UnreadableFiles, records: list[tuple[str, str]]) -> None:
+    """Note every process's (path, reason), so that all come to the same list.
+
+    Raises:
+        UserError: if there are more than accepted.
+    """
+    if all_reduce(len(records))[0]:
+        records = all_gather(records)
+        with raise_together():
+            unreadable.add(records)

@@ -1,18 +1,193 @@
-"""`spark-me pretrain`: puts a run together from its configuration, or together again from a checkpoint."""
+"""SparK pretraining as a task for the trainer, and `spark-me pretrain`, which puts a run together."""
 
-from spark_me.config import Config
-from spark_me.data.files import find_files
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from spark_me.config.tasks import PretrainConfig
+from spark_me.data.datasets import Batch
+from spark_me.data.files import Files, find_files, fingerprint
+from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
+from spark_me.data.shards import Shards
+from spark_me.data.unreadable import UnreadableFiles
+from spark_me.devices import copy_to
+from spark_me.errors import UserError
+from spark_me.masking import count_visible, draw_visible_of_samples
+from spark_me.spark import SparK
+from spark_me.sparse import convert_sync_batchnorm
 from spark_me.train import distributed
-from spark_me.train.checkpoint import checkpoint_path
-from spark_me.train.initial_weights import start_from
-from spark_me.train.messages import say_beginning, say_end, say_stopped
-from spark_me.train.precision import pick_device
-from spark_me.train.pretraining import Pretraining
+from spark_me.train.checkpoint import PRETRAIN, checkpoint_path
+from spark_me.train.distributed import device_of_process, note_unreadable
+from spark_me.train.logs import read_metrics, say_beginning, say_end, say_stopped
+from spark_me.train.plots import plot_loss
+from spark_me.train.reconstruct import draw_reconstruction, model_of, read_subjects
 from spark_me.train.run_directory import RunDirectory
+from spark_me.train.schedules import count_steps, count_steps_per_epoch
+from spark_me.train.starting_weights import load_initial_weights
+from spark_me.train.step import Inputs, require_even_split
 from spark_me.train.trainer import Trainer
 
+MASKS = 4
+"""Masks an image is measured under, so that a few images still give a steady number."""
 
-def pretrain(config: Config) -> None:
+
+class HeldOut(NamedTuple):
+    """What one process measured on its share of the held-out images."""
+
+    loss_sum: float
+    """Over images, each under its mean over masks."""
+    images: int
+    unreadable: list[tuple[str, str]]
+    """(path, reason) of files that were skipped."""
+
+
+@torch.no_grad()
+def measure_held_out(
+    model: SparK, batches: Iterable[Batch], *, seed: int, device: torch.device, autocast: torch.autocast
+) -> HeldOut:
+    """Sum the loss over images; the model is left in training mode, its statistics and all RNGs untouched.
+
+    In evaluation mode norms use their running statistics: with those of the batch, an image's loss would depend on
+    its neighbours, and the statistics would take in held-out images.
+    """
+    model.eval()
+    total, images = 0.0, 0
+    unreadable: list[tuple[str, str]] = []
+    for batch in batches:
+        unreadable += batch.unreadable
+        if not batch.indices:
+            continue
+        for number in range(MASKS):
+            visible = draw_visible_of_samples(seed, number, batch.indices, model.grid, model.mask_ratio, batch.valid)
+            with autocast:
+                loss = model(copy_to(batch.images, device), visible, batch.valid)
+            total += loss.item() * len(batch.indices)
+        images += len(batch.indices)
+    model.train()
+    return HeldOut(total / MASKS, images, unreadable)
+
+
+PICTURES = 6
+"""Most rows of reconstruction.png."""
+
+
+class Pretraining:
+    """Reconstruct the hidden patches (`Task` says what each member is)."""
+
+    name = PRETRAIN
+    best_by = "held_out_loss"
+    best_is_highest = False
+
+    def __init__(self, config: PretrainConfig, files: Files, device: torch.device) -> None:
+        """
+        Raises:
+            UserError: if the batch does not fit the number of images or of processes, or the mask not the images.
+        """
+        self.config = config
+        self.images = files
+        self.device = device
+        self.files = len(files.train) + len(files.held_out)
+        self.data_fingerprint = fingerprint(files.train)
+        self.steps_per_epoch = count_steps_per_epoch(len(files.train), config)
+        require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
+        self.model = _build_model(config, device)
+        _require_two_values(self.model, config)
+        self.held_out = held_out_dataset(files, config)
+
+    def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
+        return train_loader(
+            self.images,
+            self.config,
+            first_step=first_step,
+            steps=count_steps(self.config, self.steps_per_epoch),
+            most_unreadable=most_unreadable,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def image_names(self, indices: Sequence[int]) -> list[str]:
+        images = self.images.train
+        return [] if isinstance(images, Shards) else [str(images[index % len(images)]) for index in indices]
+
+    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+        model, seed, valid = self.model, self.config.run.seed, batch.valid
+        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio, valid)
+        if valid is None:
+            return Inputs((batch.images, visible), targets=int((~visible).sum()))
+        return Inputs((batch.images, visible, valid), targets=int((valid & ~visible).sum()))
+
+    def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
+        images, *masks = tensors  # masks stay on the CPU, where the model wants them
+        return model(copy_to(images, self.device), *masks)
+
+    def lr_scale(self, name: str) -> float:
+        return 1.0
+
+    def after_step(self) -> None:
+        """The optimizer has changed all there is."""
+
+    def evaluate(self, unreadable: UnreadableFiles, autocast: torch.autocast) -> dict[str, float]:
+        """The held-out loss; every process measures its share of the images."""
+        if not self.images.held_out:
+            return {}
+        batches = held_out_loader(
+            self.held_out,
+            self.config,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            pin_memory=self.device.type == "cuda",
+        )
+        own = measure_held_out(self.model, batches, seed=self.config.run.seed, device=self.device, autocast=autocast)
+        note_unreadable(unreadable, own.unreadable)
+        loss_sum, images = distributed.all_reduce(own.loss_sum, own.images)
+        if not images:
+            raise distributed.shared(
+                UserError(
+                    "none of the held-out images is readable (see unreadable.txt in run.dir): check data.val_root"
+                )
+            )
+        return {"held_out_loss": loss_sum / images}
+
+    def draw(self, run: RunDirectory, step: int) -> None:
+        """The loss over the steps, and what the model makes of the first held-out images."""
+        plot_loss(read_metrics(run.metrics), run.loss_plot)
+        subjects, _ = read_subjects(self.held_out, min(PICTURES, len(self.held_out)))
+        if subjects:
+            seed = self.config.run.seed
+            draw_reconstruction(self.model, subjects, self.config, run.picture, step=step, seed=seed)
+
+    def entries(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, content: dict[str, Any], path: Path) -> None:
+        """There are no entries of its own."""
+
+
+def _require_two_values(model: SparK, config: PretrainConfig) -> None:
+    visible = config.train.batch_size // config.train.accumulate * count_visible(model.grid, model.mask_ratio)
+    if visible < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.encoder.modules()):
+        raise UserError(
+            f"train.batch_size={config.train.batch_size}: a batch has one visible patch, and the norms of the deepest "
+            "scale need two values: raise train.batch_size or model.image_size"
+        )
+
+
+def _build_model(config: PretrainConfig, device: torch.device) -> SparK:
+    torch.manual_seed(config.run.seed)
+    model = model_of(config).to(device)
+    model.encoder.checkpointing = config.train.activation_checkpointing
+    if distributed.world_size() > 1:
+        convert_sync_batchnorm(model)
+    if config.train.compile:
+        model.decoder.compile(dynamic=False)
+    return model
+
+
+def pretrain(config: PretrainConfig) -> None:
     """Run a configuration to its end, from the newest checkpoint of its directory if there is one.
 
     With several processes, call it in each, within `distributed.process_group()`.
@@ -26,18 +201,18 @@ def pretrain(config: Config) -> None:
         _pretrain(config, run)
 
 
-def _pretrain(config: Config, run: RunDirectory) -> None:
-    with distributed.agreed():
+def _pretrain(config: PretrainConfig, run: RunDirectory) -> None:
+    with distributed.raise_together():
         if distributed.is_main():
             run.check(config)
-        device = pick_device(config.run.device)
+        device = device_of_process(config.run.device)
         files = find_files(config.data, config.model.in_channels)
         task = Pretraining(config, files, device)
         trainer = Trainer(task, config, run, device)
     resumed_from = trainer.resume()
     if resumed_from is None and config.model.init_from is not None:
-        start_from(config.model.init_from, task.model, config, run)
-    with distributed.agreed():
+        load_initial_weights(config.model.init_from, task.model, config, run)
+    with distributed.raise_together():
         if distributed.is_main():
             space = trainer.require_space()
             say_beginning(config, task.model, files, trainer.schedule, device, resumed_from, trainer.state.step)

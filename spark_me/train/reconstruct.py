@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spark_me import build_model
-from spark_me.config import Config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import HeldOutDataset
 from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset
@@ -61,7 +61,7 @@ def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, se
     print(f"wrote {printable(str(out))}")
 
 
-def model_of(config: Config) -> SparK:
+def model_of(config: PretrainConfig) -> SparK:
     """The model that a configuration describes, with random weights."""
     model = config.model
     return build_model(
@@ -77,7 +77,7 @@ def model_of(config: Config) -> SparK:
     )
 
 
-def load_images(paths: Sequence[Path], config: Config) -> list[Subject]:
+def load_images(paths: Sequence[Path], config: PretrainConfig) -> list[Subject]:
     """Read files as the held-out images are.
 
     Raises:
@@ -103,7 +103,7 @@ def read_subjects(dataset: HeldOutDataset, count: int) -> tuple[list[Subject], l
 
 
 def draw_reconstruction(
-    model: SparK, subjects: Sequence[Subject], config: Config, path: Path, *, step: int, seed: int
+    model: SparK, subjects: Sequence[Subject], config: PretrainConfig, path: Path, *, step: int, seed: int
 ) -> list[float]:
     """Reconstruct images under reproducible masks and write the picture; the model's mode is kept.
 

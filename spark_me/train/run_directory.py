@@ -1,15 +1,25 @@
-"""The directory of a run: what lies where, whose it is, and which checkpoint to go on from."""
+"""The directory of a run: what lies where, whose it is, which checkpoint to go on from, how the run was started."""
 
 import fcntl
+import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spark_me.config import ON_THE_LINE, AnyConfig, differing_keys, load_config, parse_config, to_yaml
+import torch
+
+import spark_me
+from spark_me.config.loading import ON_THE_LINE, differing_keys, load_config, parse_config, to_yaml
+from spark_me.config.tasks import AnyConfig
 from spark_me.errors import UserError
 from spark_me.files import check_output_folder, clear_leftovers, write_text, writing
+from spark_me.machine import describe_machine
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST, list_checkpoints, read_checkpoint, step_of
 
@@ -46,7 +56,7 @@ class RunDirectory:
             UserError: if another run is writing here, or the directory cannot be made.
         """
         with ExitStack() as stack:
-            with distributed.agreed():
+            with distributed.raise_together():
                 if distributed.is_main():
                     stack.enter_context(self._locked())
             yield
@@ -169,3 +179,32 @@ class RunDirectory:
 
 def _differences(path: Path, content: dict[str, Any], config: AnyConfig) -> list[str]:
     return differing_keys(parse_config(content["config"], str(path), type(config)), config)
+
+
+def describe_environment(device: torch.device) -> str:
+    """JSON: command line, versions, commit, hardware and number of processes of this start of a run."""
+    environment: dict[str, Any] = {
+        "command": shlex.join(sys.orig_argv),
+        "git_commit": git_commit(Path(spark_me.__file__).parent),
+        "processes": distributed.world_size(),
+        "device": str(device),
+        **asdict(describe_machine(device.type)),
+    }
+    return json.dumps(environment, indent=2) + "\n"
+
+
+def git_commit(package: Path) -> str | None:
+    """The commit that a source folder is at, with -dirty if files differ from it; None outside a repository."""
+    git = ["git", "-C", str(package)]
+    try:
+        # An installed package may lie, untracked, in the repository of something else.
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository
+        return None
+    return described.stdout.strip()

@@ -1,14 +1,67 @@
-"""Learning rate and weight decay as pure functions of the step."""
+"""The optimizer, and learning rate and weight decay as pure functions of the step; `spark-me schedule` shows them."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from torch.optim import Optimizer
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from timm.optim import Lamb
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import AdamW, Optimizer
 
-from spark_me.config_finetune import AnyConfig
-from spark_me.config_schema import OptimConfig
+from spark_me.config.loading import ON_THE_LINE, load_config
+from spark_me.config.tasks import AnyConfig, PretrainConfig
+from spark_me.config.training import OptimConfig
+from spark_me.data.files import find_files
 from spark_me.data.sampler import steps_of_epoch
 from spark_me.errors import UserError
+from spark_me.files import atomic_write, check_output
+
+
+def full_rate(name: str) -> float:
+    """The `lr_scale` of tasks in which all parameters learn alike."""
+    return 1.0
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig, lr_scale: Callable[[str], float] = full_rate) -> Optimizer:
+    """LAMB or AdamW over groups; learning rate and weight decay are set by `Schedule.apply` before each step."""
+    groups = parameter_groups(model, lr_scale)
+    betas = (optim.betas[0], optim.betas[1])
+    if optim.name == "lamb":
+        return Lamb(groups, lr=0.0, betas=betas, **asdict(optim.lamb))
+    return AdamW(groups, lr=0.0, betas=betas)
+
+
+def _decays(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is a weight: layer scales and mask tokens have several axes, too, but one of more than 1."""
+    if isinstance(module, _ConvNd | nn.Linear):
+        return name == "weight"
+    return sum(size > 1 for size in getattr(module, name).shape) > 1
+
+
+def parameter_groups(model: nn.Module, lr_scale: Callable[[str], float] = full_rate) -> list[dict[str, Any]]:
+    """Parameters with weight decay, then those without: norms, biases, layer scales, other vectors and mask tokens.
+
+    Args:
+        model: whose parameters they are.
+        lr_scale: parameter's name → its share of the learning rate. Each share has groups of its own.
+    """
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    decays = {
+        id(parameter): _decays(module, name)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for name, parameter in model.named_parameters():
+        groups.setdefault((decays[id(parameter)], lr_scale(name)), []).append(parameter)
+    return [
+        {"params": parameters, "decayed": decayed, "lr_scale": scale}
+        for (decayed, scale), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -102,3 +155,92 @@ def _peak_lr(config: AnyConfig) -> float:
 
 def _cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+COLUMNS = 3
+"""Of the plot's panels, at most."""
+POINTS = 1000
+"""Of a curve, at most."""
+
+
+class Planned(NamedTuple):
+    """A configuration's schedule for so many images."""
+
+    name: str
+    config: PretrainConfig
+    images: int
+    steps_per_epoch: int
+    schedule: Schedule
+
+
+def report_schedules(configs: Sequence[Path], overrides: Sequence[str], images: int | None, plot: Path | None) -> None:
+    """Print where each schedule begins, peaks and ends, and draw them if asked to.
+
+    Args:
+        configs: YAML files.
+        overrides: `key=value`, for all of them.
+        images: number of training images; None counts those of data.root.
+        plot: PNG to write.
+
+    Raises:
+        UserError: for a wrong configuration, images that are not found or fewer than a batch, or a plot that cannot be
+            written.
+    """
+    check_output(plot, *configs)
+    plans = [_plan(path, overrides, images) for path in configs]
+    for plan in plans:
+        _print(plan)
+    if plot is not None:
+        _draw(plans, plot)
+        print(f"wrote {plot}")
+
+
+def _plan(path: Path, overrides: Sequence[str], images: int | None) -> Planned:
+    config = load_config(path, overrides, unchecked=() if images is None else ("data.root", *ON_THE_LINE))
+    if images is None:
+        images = len(find_files(config.data, config.model.in_channels).train)
+    steps_per_epoch = count_steps_per_epoch(images, config)
+    return Planned(path.stem, config, images, steps_per_epoch, build_schedule(config, steps_per_epoch))
+
+
+def _print(plan: Planned) -> None:
+    schedule, each = plan.schedule, plan.steps_per_epoch
+    print(f"{plan.name}: {plan.images} images, {each} steps an epoch, {schedule.steps} steps")
+    print(f"  {describe_peak(plan.config)}")
+    last = schedule.steps - 1
+    places = {"first": 0, "warmed up": schedule.warmup_steps, "half-way": last // 2, "last": last}
+    print(f"  {'step':<9} {'number':>8} {'epoch':>8} {'lr':>10} {'decay':>7}")
+    for name, step in places.items():
+        print(f"  {name:<9} {step:>8} {step / each:>8.1f} {schedule.lr(step):>10.3g} {schedule.decay(step):>7.4f}")
+
+
+def _draw(plans: Sequence[Planned], path: Path) -> None:
+    columns = min(COLUMNS, len(plans))
+    rows = -(-len(plans) // columns)
+    figure = Figure(figsize=(5 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for plan, axes in zip(plans, panels):
+        _draw_panel(axes, plan)
+    for axes in panels:  # those that are left
+        axes.set_axis_off()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=100)
+
+
+def _draw_panel(axes: Axes, plan: Planned) -> None:
+    schedule = plan.schedule
+    # Evenly spaced, with both ends and the peak.
+    last = schedule.steps - 1
+    steps = sorted({schedule.warmup_steps, *(round(last * index / POINTS) for index in range(POINTS + 1))})
+    epochs = [step / plan.steps_per_epoch for step in steps]
+    decay_axes = axes.twinx()
+    axes.plot(epochs, [schedule.lr(step) for step in steps], color="tab:blue")
+    decay_axes.plot(epochs, [schedule.decay(step) for step in steps], color="tab:orange", linestyle="--")
+    axes.set_title(plan.name, fontsize=8)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("learning rate", color="tab:blue")
+    decay_axes.set_ylabel("weight decay", color="tab:orange")
+    for each in (axes, decay_axes):
+        each.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes.grid(alpha=0.3)

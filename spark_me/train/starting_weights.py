@@ -1,4 +1,4 @@
-"""`weights`: what a fine-tuning run starts from, and which images it was made for."""
+"""Weights that a run starts from, of any known layout, and the record of what they were."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from spark_me.config import AnyConfig, parse_config
-from spark_me.config_data import statistics_of
-from spark_me.config_finetune import SCRATCH, FinetuneConfig
+from spark_me.config.data import statistics_of
+from spark_me.config.loading import parse_config
+from spark_me.config.tasks import SCRATCH, AnyConfig, FinetuneConfig, PretrainConfig
 from spark_me.dense import build_network
 from spark_me.errors import UserError, printable
-from spark_me.files import is_file
+from spark_me.files import is_file, sha256_of, write_json
 from spark_me.train import distributed
 from spark_me.train.checkpoint import FINETUNE, PRETRAIN
 from spark_me.train.run_directory import RunDirectory
@@ -33,7 +33,7 @@ def start_from(network: nn.Module, config: FinetuneConfig) -> str:
     if config.weights == SCRATCH:
         return "random weights"
     path = locate(config.weights, "weights=")
-    with distributed.agreed():
+    with distributed.raise_together():
         # Whatever classifier the file has is of other classes, so it is loaded into a network that has none.
         encoder = build_network(config.model.encoder, None, config.model.in_channels)
         loaded = load_weights(encoder, path)
@@ -70,11 +70,11 @@ def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirect
     goes_on = run is not None and run.config.is_file()
     path = None if goes_on or weights == SCRATCH else locate(weights, key)
     found: dict[str, Any] = {}
-    with distributed.agreed():
+    with distributed.raise_together():
         if distributed.is_main():
             recorded = None if run is None else run.recorded(FinetuneConfig)
             found = _trained_on(path) if recorded is None else _settings_of(recorded)
-    found = distributed.of_main(found)
+    found = distributed.broadcast(found)
     for name, value in found.items():
         if getattr(data, name) is None:
             setattr(data, name, value)
@@ -128,10 +128,10 @@ def locate(source: str, key: str) -> Path:
     Raises:
         UserError: if there is none.
     """
-    with distributed.agreed():
+    with distributed.raise_together():
         if distributed.is_main():
             _find(source, key)  # one process downloads, the others find the file in the cache
-    with distributed.agreed():
+    with distributed.raise_together():
         return _find(source, key)
 
 
@@ -146,3 +146,28 @@ def _find(source: str, key: str) -> Path:
             f"{key}{source}: neither a file nor a published name: give a path, a URL, or one of {', '.join(PUBLISHED)}"
         )
     return path
+
+
+def load_initial_weights(source: str, model: nn.Module, config: PretrainConfig, run: RunDirectory) -> None:
+    """Load weights into a model that has not been trained yet; say and record what was found.
+
+    Every process calls it and reads the file.
+
+    Args:
+        source: name of published weights, path or URL; of a whole model, or of its encoder alone.
+        model: the run's SparK model.
+        config: of the run.
+        run: where initial_weights.json is written.
+
+    Raises:
+        UserError: if they cannot be had, or are of another encoder.
+    """
+    path = locate(source, "model.init_from=")
+    with distributed.raise_together():
+        loaded = load_weights(model, path)
+    with distributed.raise_together():
+        if distributed.is_main():
+            run.create(config)
+            record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
+            write_json(run.initial_weights, record)
+            print(f"weights from {printable(source)}: {loaded.encoder}, {loaded.layout} layout")

@@ -1,20 +1,27 @@
 """The trainer: brings a task from its newest checkpoint to its last step, alone or with other processes."""
 
 import math
+import os
 import resource
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
+from tqdm import tqdm
 
-from spark_me.config import AnyConfig
+from spark_me.config.tasks import AnyConfig
 from spark_me.data.datasets import Batch
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.files import write_text
 from spark_me.train import distributed
 from spark_me.train.checkpoint import (
+    CheckpointWriter,
     TrainState,
     checkpoint_of,
     checkpoint_size,
@@ -24,18 +31,62 @@ from spark_me.train.checkpoint import (
     restore,
     step_of,
 )
-from spark_me.train.environment import describe_environment
-from spark_me.train.failures import named_failures
-from spark_me.train.logging import RunLog
-from spark_me.train.loop import Stepper
-from spark_me.train.optim import build_optimizer
-from spark_me.train.precision import Precision
-from spark_me.train.run_directory import RunDirectory
-from spark_me.train.schedules import build_schedule
-from spark_me.train.stop import StopRequest
-from spark_me.train.task import Task
-from spark_me.train.unreadable import note_unreadable
-from spark_me.train.writer import CheckpointWriter
+from spark_me.train.distributed import Precision, named_failures, note_unreadable
+from spark_me.train.logs import RunLog
+from spark_me.train.run_directory import RunDirectory, describe_environment
+from spark_me.train.schedules import build_optimizer, build_schedule
+from spark_me.train.step import Stepper, Task
+
+ANSWERS = {
+    signal.SIGINT: "spark-me: finishing this step, then saving; Ctrl-C again stops at once, without saving",
+    signal.SIGTERM: "spark-me: asked to stop (SIGTERM): finishing this step, then saving",
+}
+
+
+class StopRequest:
+    """Within its block, SIGTERM and SIGINT are answered and noted instead of obeyed; a SIGINT after that stops at once.
+
+    Python calls a signal's handler between two of its own instructions, and a backward pass may be a single one that
+    takes seconds. So a thread answers: the interpreter writes the signal's number into a pipe as soon as it comes.
+    """
+
+    def __init__(self, *, answer: bool = True) -> None:
+        """
+        Args:
+            answer: say that the signal was noticed; of several processes one should.
+        """
+        self.signal: signal.Signals | None = None
+        """The first one that came."""
+        self._answer = answer
+
+    def __enter__(self) -> "StopRequest":
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        self._previous_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._previous = {number: signal.signal(number, self._note) for number in ANSWERS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_descriptor)
+        os.close(self._writer)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = self.signal or signal.Signals(number)
+
+    def _listen(self, reader: int) -> None:
+        """Answer the first signal; end when the pipe is closed."""
+        answered = not self._answer
+        while number := os.read(reader, 1):
+            text = ANSWERS.get(signal.Signals(number[0]))
+            if text is not None and not answered:
+                answered = True
+                tqdm.write(text, file=sys.stderr)
+        os.close(reader)
 
 
 class Trainer:
@@ -65,15 +116,15 @@ class Trainer:
             UserError: if it does not load, is of another run or of other data.
         """
         found = None
-        with distributed.agreed():
+        with distributed.raise_together():
             if distributed.is_main():
                 found = self.run.find_checkpoint(self.config, self.task.name)
-        found = distributed.of_main(found)  # the directory need not be on every machine
+        found = distributed.broadcast(found)  # the directory need not be on every machine
         if found is None:
             return None
         path, content = found
         now = self.task.data_fingerprint
-        with distributed.agreed():
+        with distributed.raise_together():
             if content["data"] != now:
                 raise UserError(
                     f"{path}: the training data changed since ({content['data']} then, {now} now): "
@@ -108,7 +159,7 @@ class Trainer:
         try:
             with self._reports(), self.precision.products(), stop_request as stop, named_failures(), self.writer:
                 complete = self._take_steps(stop)
-                with distributed.agreed():
+                with distributed.raise_together():
                     self.writer.wait()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(self._lost()) from None
@@ -126,7 +177,7 @@ class Trainer:
     def _reports(self) -> Iterator[None]:
         self.log: RunLog | None = None
         """Of the main process."""
-        with distributed.agreed():
+        with distributed.raise_together():
             if distributed.is_main():
                 self.run.create(self.config)
                 write_text(self.run.environment, describe_environment(self.device))
@@ -150,7 +201,7 @@ class Trainer:
         stepper = Stepper(self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=clip_norm)
         source = iter(self.task.batches(self.state.step, self.unreadable.most))
         while self.state.step < self.schedule.steps:
-            if distributed.total(stop.signal is not None)[0]:
+            if distributed.all_reduce(stop.signal is not None)[0]:
                 self._save()
                 return False
             started = time.perf_counter()
@@ -159,17 +210,17 @@ class Trainer:
             values = stepper.step(batches)
             self._after_step({**values, "data_wait": data_wait, "memory_gib": self._peak_memory()})
         # A run that was killed between its last checkpoint and its pictures gets them when it is started again.
-        with distributed.agreed():
+        with distributed.raise_together():
             self._draw()
         return True
 
     def _fetch(self, source: Iterator[Batch]) -> list[Batch]:
         """This process's micro-batches of the next step."""
-        with distributed.agreed(), named_failures():
+        with distributed.raise_together(), named_failures():
             self.writer.check()
             batches = [next(source) for _ in range(self.config.train.accumulate)]
         note_unreadable(self.unreadable, [record for batch in batches for record in batch.unreadable])
-        with distributed.agreed():
+        with distributed.raise_together():
             if not all(batch.indices for batch in batches):
                 raise UserError(
                     f"none of the images of step {self.state.step + 1} is readable: run `spark-me data check`"
@@ -178,7 +229,7 @@ class Trainer:
 
     def _after_step(self, values: dict[str, float]) -> None:
         step = self.state.step
-        with distributed.agreed():
+        with distributed.raise_together():
             if self.log is not None:
                 self.log.step(step, values, self.config.train.batch_size)
         every = self.config.run.checkpoint_every_steps
@@ -198,11 +249,11 @@ class Trainer:
         best = value is not None and self._beats(value, self.state.best)
         if best:
             self.state.best = value
-        with distributed.agreed():
+        with distributed.raise_together():
             if self.log is not None:
                 self.log.epoch(self.state.step, loss, measured)
         self._save(best=best)
-        with distributed.agreed():
+        with distributed.raise_together():
             if not last and epoch % run.picture_every_epochs == 0:
                 self._draw()
             if self.log is not None:
@@ -216,7 +267,7 @@ class Trainer:
         return value > best if self.task.best_is_highest else value < best
 
     def _save(self, *, best: bool = False) -> None:
-        with distributed.agreed():
+        with distributed.raise_together():
             if distributed.is_main():
                 require_finite(self.state)
                 content = checkpoint_of(

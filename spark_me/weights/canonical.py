@@ -10,8 +10,17 @@ from torch import Tensor
 
 from spark_me.errors import UserError, shown
 from spark_me.networks import ENCODERS, list_encoders, require_known
-from spark_me.weights.expected import COUNTER, ENCODER, HEAD, SPARK, Architecture, Shape, architecture_of
-from spark_me.weights.kernels import kernel_to_weight, weight_to_kernel
+from spark_me.weights.expected import (
+    COUNTER,
+    ENCODER,
+    HEAD,
+    SPARK,
+    Architecture,
+    Shape,
+    WeightsError,
+    architecture_of,
+    check_tensors,
+)
 from spark_me.weights.layouts import (
     FAMILIES,
     KERNEL,
@@ -23,7 +32,28 @@ from spark_me.weights.layouts import (
     own_layout,
     without_ones,
 )
-from spark_me.weights.strict import WeightsError, check_tensors
+
+
+def kernel_to_weight(kernel: Tensor, kernel_size: int) -> Tensor:
+    """MinkowskiEngine's kernel to torch's weight [Cout, Cin/groups, k, k]: both keep a group's outputs together.
+
+    Args:
+        kernel: [K, Cin/groups, Cout]; [Cin/groups, Cout] of a 1×1 convolution of stride 1; [K, C] of a depthwise one,
+            whose weight is [C, 1, k, k].
+        kernel_size: k.
+    """
+    return kernel.reshape(kernel_size, kernel_size, -1, kernel.shape[-1]).permute(3, 2, 1, 0).contiguous()
+
+
+def weight_to_kernel(weight: Tensor, kernel_shape: tuple[int, ...]) -> Tensor:
+    """Inverse of `kernel_to_weight`.
+
+    Args:
+        weight: [Cout, Cin, k, k]; [C, 1, k, k] of a depthwise convolution.
+        kernel_shape: the shape that the layer's `kernel` has: its rank depends on the layer.
+    """
+    return weight.permute(3, 2, 1, 0).reshape(kernel_shape).contiguous()
+
 
 # What training wrappers (DDP, torch.compile) put before every name.
 PREFIXES = ("module.", "_orig_mod.")

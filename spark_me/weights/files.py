@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from spark_me.errors import UserError, shown
+from spark_me.errors import UserError, first_line, shown
 from spark_me.files import atomic_write, check_output, is_file
 from spark_me.weights.layouts import LAYOUTS, Layout
 
@@ -108,7 +108,7 @@ def require_sound(path: Path) -> None:
         try:
             problem = _problem_of(file, size)
         except (*ARCHIVE_ERRORS, OSError, RuntimeError) as error:  # the last for what is encrypted
-            problem = (str(error) or type(error).__name__).splitlines()[0]
+            problem = first_line(error)
     if problem is not None:
         raise UserError(f"{path}: damaged or no checkpoint ({shown(problem, 200)}): fetch or write it again")
 
@@ -169,13 +169,17 @@ def write_state(path: Path, state: Mapping[str, Tensor], layout: Layout, card: M
             torch.save(saved, file)
 
 
-def read_card(path: Path) -> dict[str, str]:
-    """The model card of a file that `spark-me convert` wrote; empty if it has none.
-
-    Raises:
-        UserError: as `read_state`.
-    """
-    return _card_of(path, read_content(path))
+def card_of(path: Path, content: Any) -> dict[str, str]:
+    """The model card of a file that `spark-me convert` wrote, with its content; empty if it has none."""
+    if path.suffix == SAFETENSORS:
+        with _safetensors().safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
+    for place in (content, getattr(content, "_metadata", None)):
+        card = place.get(CARD) if isinstance(place, Mapping) else None
+        if isinstance(card, Mapping):
+            return dict(card)
+    return {}
 
 
 def stated_encoder(path: Path, content: Any) -> str | None:
@@ -185,7 +189,7 @@ def stated_encoder(path: Path, content: Any) -> str | None:
         path: the file.
         content: of it.
     """
-    stated: Any = _card_of(path, content).get("encoder")
+    stated: Any = card_of(path, content).get("encoder")
     config = content.get("config") if isinstance(content, Mapping) else None
     if stated is None and isinstance(config, str):
         try:
@@ -213,18 +217,6 @@ def check_target(path: Path, to: str, *inputs: str | os.PathLike[str]) -> None:
     if path.suffix not in suffixes:
         raise UserError(f"{path}: cannot tell the format to write: end the name in {' or '.join(suffixes)}")
     check_output(path, *inputs)
-
-
-def _card_of(path: Path, content: Any) -> dict[str, str]:
-    if path.suffix == SAFETENSORS:
-        with _safetensors().safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return {key: value for key, value in metadata.items() if key not in ("format", DIGEST)}
-    for place in (content, getattr(content, "_metadata", None)):
-        card = place.get(CARD) if isinstance(place, Mapping) else None
-        if isinstance(card, Mapping):
-            return dict(card)
-    return {}
 
 
 def _load_safetensors(package: ModuleType, path: Path) -> dict[str, Tensor]:
@@ -300,7 +292,7 @@ def _reading(path: Path, load: Callable[[], Any]) -> Any:
             f"{path}: refused, not plain tensors ({wants}): ask its author for a plain state dict or .safetensors"
         ) from error
     except Exception as error:  # a damaged archive raises almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{path}: damaged or no checkpoint ({reason}): fetch or write it again") from error
 
 

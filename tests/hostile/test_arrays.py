@@ -14,9 +14,9 @@ from mutations import mutate
 from PIL import Image
 from valid_images import valid_files
 
-from spark_me.config_schema import DataConfig
+from spark_me.config.data import DataConfig
 from spark_me.data import arrays
-from spark_me.data.check import examine
+from spark_me.data.commands import examine
 from spark_me.data.reading import Encoded, Item, read_image
 from spark_me.data.unreadable import UnreadableImage, unreadable_if_it_fails
 

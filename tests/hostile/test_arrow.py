@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from memory import memory_below
 from mutations import mutate
-from spark_me.config_schema import DataConfig
-from spark_me.data import huggingface
+from spark_me.config.data import DataConfig
+from spark_me.data import files
 from spark_me.data.reading import read_image
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.errors import UserError
@@ -34,7 +34,7 @@ with memory_below(500):
         (folder / names[seed % len(names)]).write_bytes(mutate(contents[seed % len(names)], seed))
         print(seed, file=sys.stderr, flush=True)
         try:
-            images = huggingface.load(DataConfig(kind="huggingface", root=str(folder)), "train")
+            images = files.load(DataConfig(kind="huggingface", root=str(folder)), "train")
             for number in range(min(len(images), 20)):
                 try:
                     read_image(images[number], 3)

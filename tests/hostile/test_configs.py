@@ -7,7 +7,8 @@ import pytest
 from memory import memory_below
 from mutations import mutate
 
-from spark_me.config import Config, FinetuneConfig, load_config, parse_config, to_yaml
+from spark_me.config.loading import load_config, parse_config, to_yaml
+from spark_me.config.tasks import FinetuneConfig, PretrainConfig
 from spark_me.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -32,7 +33,7 @@ def attack_file(folder: Path, seeds: range) -> None:
         one_line(load_config, heir)
 
 
-def attack_record(schema: type[Config] | type[FinetuneConfig], seeds: range) -> None:
+def attack_record(schema: type[PretrainConfig] | type[FinetuneConfig], seeds: range) -> None:
     config = schema()
     config.data.root = "a"
     content = to_yaml(config).encode()
@@ -51,7 +52,7 @@ def attack_arguments(seeds: range) -> None:
 def test_damaged_configurations_are_one_line(tmp_path: Path) -> None:
     with memory_below(200):
         attack_file(tmp_path, range(SEEDS))
-        attack_record(Config, range(SEEDS))
+        attack_record(PretrainConfig, range(SEEDS))
         attack_record(FinetuneConfig, range(SEEDS))
         attack_arguments(range(SEEDS))
 
@@ -65,4 +66,4 @@ def test_many_damaged_configurations_are_one_line(tmp_path: Path, kind: str) -> 
         elif kind == "arguments":
             attack_arguments(range(MANY))
         else:
-            attack_record(Config if kind == "pretrain" else FinetuneConfig, range(MANY))
+            attack_record(PretrainConfig if kind == "pretrain" else FinetuneConfig, range(MANY))

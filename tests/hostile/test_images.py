@@ -14,14 +14,14 @@ from mutations import mutate
 from PIL import EpsImagePlugin, Image
 from valid_images import valid_files
 
-from spark_me.config_schema import DataConfig
-from spark_me.data.check import examine
+from spark_me.config.data import DataConfig
+from spark_me.data.commands import examine
 from spark_me.data.datasets import Reader, TrainDataset
+from spark_me.data.loaders import visit
 from spark_me.data.reading import Encoded
 from spark_me.data.transforms import train_transform
-from spark_me.data.visiting import visit
 from spark_me.errors import UserError
-from spark_me.train.failures import named_failures
+from spark_me.train.distributed import named_failures
 
 
 def check_mutations(seeds: range) -> None:

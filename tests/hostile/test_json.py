@@ -7,11 +7,12 @@ import pytest
 from memory import memory_below
 from mutations import mutate
 
-from spark_me.benchmark.markdown import markdown_of
-from spark_me.config import FinetuneConfig, to_yaml
+from spark_me.bench.report import markdown_of
+from spark_me.config.loading import to_yaml
+from spark_me.config.tasks import FinetuneConfig
+from spark_me.downstream.compare import Comparison
 from spark_me.errors import UserError
-from spark_me.train.comparison import Comparison
-from spark_me.train.metrics import MetricsFile, read_metrics
+from spark_me.train.logs import MetricsFile, read_metrics
 
 SEEDS, MANY = 150, 10_000
 ROW = {

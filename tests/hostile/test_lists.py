@@ -11,14 +11,13 @@ from mutations import mutate
 from PIL import Image
 from tar_shards import png, write_shard
 
-from spark_me.config_finetune import FinetuneDataConfig
-from spark_me.config_schema import DataConfig
-from spark_me.data.check import examine
+from spark_me.config.data import DataConfig, FinetuneDataConfig
 from spark_me.data.class_folders import find_val
+from spark_me.data.commands import examine
 from spark_me.data.files import find_files
 from spark_me.data.listing import class_folders
+from spark_me.downstream.images import find_images
 from spark_me.errors import UserError
-from spark_me.inference.batches import find_images
 
 
 @pytest.fixture

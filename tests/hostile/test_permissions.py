@@ -14,7 +14,7 @@ import torch
 from child import run_limited
 
 import spark_me
-import spark_me.inference.features
+import spark_me.downstream.features
 import spark_me.train.pretrain  # noqa: F401  (nobody may not read the environment: all that is needed is there before)
 from spark_me import cli
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from spark_me.engine.edits.common import COMMON_EDITS
+from spark_me.engine.edits.common import COMMON_EDITS, FAULT_EDITS
 from spark_me.engine.edits.cuda import CUDA_EDITS
 from spark_me.engine.edits.edit import Edit, apply_edits, digest
-from spark_me.engine.edits.faults import FAULT_EDITS
 from spark_me.engine.target import Target
 
 __all__ = ["EDITS", "Edit", "apply_edits", "digest", "edits_for"]

@@ -1,0 +1,350 @@
+"""The options of every subcommand: parsing only; what they need is imported when they run."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from spark_me.cli.grammar import add_configuration, configuration, image_size
+from spark_me.errors import UserError
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand to those of `spark-me`."""
+    parser = commands.add_parser("bench", help="time and memory of sparse against dense, side by side")
+    add = parser.add_argument
+    add("--scope", choices=("encoder", "step", "both"), help="default: both; for a sweep or --largest-batch encoder")
+    add("--encoder", default="resnet50")
+    add("--batch", type=int, default=8)
+    add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
+    add("--mask-ratio", type=float, default=0.6, help="share of hidden patches; 0 for the encoder only")
+    add("--decoder-width", type=int, default=512)
+    add("--backends", nargs="+", default=["native", "minkowski", "masked_dense", "dense"], metavar="NAME",
+        help="of native, minkowski, masked_dense, dense; default: all")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--dtype", default="float32", help="float32, tf32 (GPUs), bfloat16 or float16 (the latter two by autocast)")
+    add("--runs", type=int, default=5, help="passes of each backend that count")
+    add("--warmup", type=int, default=2, help="passes before them that do not")
+    add("--no-memory", dest="memory", action="store_false", help="skip the peak memory of activations")
+    add("--no-compile", dest="compiled", action="store_false", help="on a GPU: no dense backend by torch.compile")
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--sweep", choices=("mask_ratio", "batch", "image_size"), help="measure at several values of one property"
+    )
+    other.add_argument("--largest-batch", action="store_true", help="search for the largest batch that fits into a GPU")
+    other.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print files of --json as Markdown")
+    add("--values", type=float, nargs="+", help="the sweep's values")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the sweep")
+    parser.set_defaults(run=_bench, group="train")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    if args.sweep is None and (args.plot is not None or args.values is not None):
+        raise UserError("--plot and --values belong to a sweep: add --sweep mask_ratio, batch or image_size")
+    if args.largest_batch and args.scope == "both":
+        raise UserError("--largest-batch searches in one scope: use --scope encoder or step")
+    if args.table is not None:
+        from spark_me.bench.report import markdown_of
+
+        print(markdown_of(args.table))
+        return
+    from spark_me.bench.case import Case
+    from spark_me.bench.command import bench, bench_largest, bench_sweep
+    from spark_me.devices import pick_device
+
+    case = Case(
+        args.encoder,
+        args.batch,
+        image_size(args.image_size),
+        args.mask_ratio,
+        args.decoder_width,
+        pick_device(args.device).type,
+        args.dtype,
+    )
+    options = {name: getattr(args, name) for name in ("backends", "runs", "warmup", "memory", "compiled")}
+    if args.largest_batch:
+        bench_largest(case, args.scope or "encoder", args.json, args.backends)
+    elif args.sweep is None:
+        bench(case, args.scope or "both", args.json, **options)
+    else:
+        bench_sweep(case, args.scope or "encoder", args.json, args.sweep, args.values, args.plot, **options)
+
+
+WIDEST = 100
+"""Columns; longer lines are hard to read."""
+
+
+def add_config(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand to those of `spark-me`."""
+    parser = commands.add_parser("config", help="list the keys of a configuration, or explain some")
+    parser.add_argument(
+        "keys", nargs="*", metavar="KEY", help="to explain: train.epochs, a section (train) or a name alone (epochs)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print docs/configuration.md")
+    parser.set_defaults(run=_config, group="train")
+
+
+def _config(args: argparse.Namespace) -> None:
+    from spark_me.config.reference import markdown_reference, text_reference
+
+    if args.markdown and args.keys:
+        raise UserError("--markdown prints the page of all keys: leave out either it or KEY")
+    width = min(WIDEST, shutil.get_terminal_size().columns)
+    try:
+        print(markdown_reference() if args.markdown else text_reference(args.keys, width), flush=True)
+    except BrokenPipeError:  # as by `spark-me config | head`, which has read enough
+        # Or Python would fail once more, when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+ROOT = "for example configs/pretrain/small.yaml data.root=/path/to/images"
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    """Add the group to the subcommands of `spark-me`."""
+    parser = commands.add_parser("data", help="measure and check the images of a configuration")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    stats = actions.add_parser("stats", help="mean and deviation of each channel, as lines for the configuration")
+    add_configuration(stats, "pretrain", ROOT)
+    stats.add_argument("--sample", type=int, metavar="N", help="measure so many of the training images, not all")
+    stats.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    stats.set_defaults(run=_stats, group="train")
+    check = actions.add_parser("check", help="open every image; exits with 1 if any is unreadable")
+    add_configuration(check, "pretrain", ROOT)
+    check.add_argument("--out", type=Path, metavar="FILE", help="list the unreadable ones there, not on the screen")
+    check.set_defaults(run=_check, group="train")
+    digits = actions.add_parser("digits", help="write scikit-learn's digits as labelled images, for a demo")
+    digits.add_argument("folder", type=Path, metavar="FOLDER", help="gets train/ and val/")
+    digits.set_defaults(run=_digits, group="demo")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from spark_me.config.loading import load_config
+
+    # They may be missing: they are what is measured.
+    config = load_config(args.config, args.overrides, unchecked=("data.mean", "data.std"))
+    from spark_me.data.commands import stats
+
+    stats(config, args.sample, args.json)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from spark_me.config.loading import load_config
+
+    config = load_config(args.config, args.overrides, unchecked=("data.mean", "data.std"))
+    from spark_me.data.commands import check
+
+    return check(config, args.out)
+
+
+def _digits(args: argparse.Namespace) -> None:
+    from spark_me.data.commands import write_digits
+
+    write_digits(args.folder)
+
+
+WEIGHTS = "for example configs/finetune/small.yaml weights=runs/mine/checkpoints/best.pt"
+
+
+def add_finetune(commands: argparse._SubParsersAction) -> None:
+    """Add them to the subcommands of `spark-me`."""
+    parser = commands.add_parser("finetune", help="train a pretrained encoder to classify labelled images")
+    add_configuration(parser, "finetune", f"{WEIGHTS} (none: from scratch)")
+    parser.set_defaults(run=_finetune, group="train")
+    parser = commands.add_parser("compare", help="what pretraining is worth: fine-tune from it and from scratch")
+    add_configuration(parser, "finetune", WEIGHTS)
+    parser.add_argument(
+        "--fractions", type=float, nargs="+", default=[0.01, 0.1, 1.0], help="shares of the labels; default 0.01 0.1 1"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind; default 3")
+    parser.set_defaults(run=_compare, group="train")
+    parser = commands.add_parser("evaluate", help="accuracy of a classifier on labelled images")
+    add_configuration(parser, "finetune", "for example configs/finetune/small.yaml data.root=/path/to/imagenet")
+    parser.add_argument(
+        "--weights", required=True, metavar="W", help="a fine-tuning checkpoint, a published name, a path or URL"
+    )
+    parser.add_argument("--raw", action="store_true", help="a checkpoint's weights, not their moving average")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="draw the confusion matrix there, confusion.png")
+    parser.set_defaults(run=_evaluate, group="train")
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from spark_me.config.tasks import FinetuneConfig
+
+    with configuration(args, FinetuneConfig) as config:
+        from spark_me.downstream.finetune import finetune
+
+        finetune(config)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from spark_me.config.tasks import FinetuneConfig
+
+    with configuration(args, FinetuneConfig) as config:
+        from spark_me.downstream.compare import compare
+
+        compare(config, args.fractions, args.seeds)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from spark_me.config.loading import load_config
+    from spark_me.config.tasks import FinetuneConfig
+
+    # What a run would start from does not matter here.
+    config = load_config(args.config, args.overrides, unchecked=("weights",), schema=FinetuneConfig)
+    from spark_me.downstream.evaluate import evaluate
+
+    evaluate(config, args.weights, raw=args.raw, json_file=args.json, out=args.out)
+
+
+def add_inference(commands: argparse._SubParsersAction) -> None:
+    """Add what uses a trained model to the subcommands of `spark-me`."""
+    _add_predict(commands)
+    _add_features(commands)
+    _add_probe(commands)
+    _add_export(commands)
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("predict", help="classify images; exits with 1 if any is unreadable")
+    _add_weights(parser, "name of a published classifier, or a checkpoint with a classifier")
+    _add_images(parser)
+    parser.add_argument("--top-k", type=int, metavar="K", help="list the K likeliest classes of each image")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there, as one list")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the first 64 images with their classes")
+    _add_computing(parser)
+    parser.set_defaults(run=_predict, group="inference")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from spark_me.downstream.predict import predict_files
+
+    return predict_files(
+        args.weights,
+        args.images,
+        top_k=args.top_k,
+        json_file=args.json,
+        picture=args.picture,
+        raw=args.raw,
+        **_computing(args),
+    )
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("features", help="an encoder's pooled features of images, as .npz")
+    _add_weights(parser)
+    _add_images(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
+    _add_stage(parser)
+    _add_computing(parser)
+    parser.set_defaults(run=_features, group="inference")
+
+
+def _features(args: argparse.Namespace) -> int:
+    from spark_me.downstream.features import features_of_files
+
+    return features_of_files(args.weights, args.images, args.out, stage=args.stage, raw=args.raw, **_computing(args))
+
+
+def _add_probe(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("probe", help="k-NN and linear probe on frozen features")
+    _add_weights(parser)
+    parser.add_argument("--train", type=Path, required=True, metavar="DIR", help="one folder a class")
+    parser.add_argument("--test", type=Path, required=True, metavar="DIR", help="the same class folders")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of each class's training images; default 1")
+    parser.add_argument("--seed", type=int, default=0, help="decides which, and what the linear probe holds out")
+    parser.add_argument("--k", type=int, default=20, help="neighbours that vote; default 20")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    _add_stage(parser)
+    _add_computing(parser)
+    parser.set_defaults(run=_probe, group="probe")
+
+
+def _probe(args: argparse.Namespace) -> int:
+    from spark_me.downstream.probe import probe
+
+    return probe(
+        args.weights,
+        args.train,
+        args.test,
+        fraction=args.fraction,
+        seed=args.seed,
+        k=args.k,
+        stage=args.stage,
+        raw=args.raw,
+        json_file=args.json,
+        **_computing(args),
+    )
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="a model for use elsewhere, checked against the network")
+    _add_weights(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
+    parser.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="onnx (.onnx), torchscript (.pt), torch-export (.pt2); state dicts: torchvision, timm",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="side of a square, or H W; default: the test images'",
+    )
+    parser.set_defaults(run=_export, group="export")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from spark_me.downstream.export import export
+
+    size = None if args.image_size is None else image_size(args.image_size)
+    export(args.weights, args.out, args.to, image_size=size, raw=args.raw)
+
+
+def _add_weights(
+    parser: argparse.ArgumentParser, what: str = "name of published weights, or a checkpoint of any known layout"
+) -> None:
+    parser.add_argument("weights", metavar="WEIGHTS", help=what)
+    parser.add_argument("--raw", action="store_true", help="of a fine-tuning checkpoint, not the moving average (EMA)")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files, and folders at any depth")
+
+
+def _add_stage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", type=int, default=4, help="whose maps are averaged: 1 to 4, the deepest; default 4")
+
+
+def _add_computing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="B", help="images at once; default 32")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read images; default: one a CPU, at most 4"
+    )
+
+
+def _computing(args: argparse.Namespace) -> dict[str, Any]:
+    return {"device": args.device, "batch_size": args.batch_size, "workers": args.workers}
+
+
+def add_schedule(commands: argparse._SubParsersAction) -> None:
+    """Add the subcommand to those of `spark-me`."""
+    parser = commands.add_parser("schedule", help="learning rate and weight decay of a configuration before it is run")
+    add_configuration(parser, "pretrain", "key=value holds for all of them", several=True)
+    parser.add_argument("--images", type=int, metavar="N", help="number of training images, instead of counting them")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the curves")
+    parser.set_defaults(run=_schedule, group="train")
+
+
+def _schedule(args: argparse.Namespace) -> None:
+    from spark_me.train.schedules import report_schedules
+
+    report_schedules(args.configs, args.overrides, args.images, args.plot)

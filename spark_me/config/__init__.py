@@ -1,0 +1,1 @@
+"""Configurations: what a run may be told, and how files and the command line say it."""

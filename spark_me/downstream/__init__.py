@@ -1,0 +1,1 @@
+"""What is done with a pretrained network: classify, probe, predict, export."""

@@ -1,1 +1,0 @@
-"""After pretraining: predictions, features, probes, exports. Needs neither MinkowskiEngine nor the trainer."""

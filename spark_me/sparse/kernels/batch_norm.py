@@ -1,0 +1,398 @@
+"""Triton kernels of batch normalisation over rows [N, C], with stochastic depth, a residual sum and ReLU in one pass.
+
+Tensors are contiguous, sums are in float32 at least. A reduction over the rows has two stages: each program reduces its
+part of the rows, then the parts are reduced, both in a fixed order. So results are reproducible bit by bit.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@triton.jit
+def _of_channels(values: tl.tensor, channel: tl.tensor, channels: tl.tensor) -> tl.tensor:
+    """The values [C] of the channels of a tile, in float32."""
+    return tl.load(values + channel, mask=channel < channels, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _place_of_program(channels: tl.tensor, CHANNELS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Its number down the rows, and its channels: programs that follow each other read memory in order."""
+    columns = tl.cdiv(channels, CHANNELS)
+    channel = tl.program_id(0) % columns * CHANNELS + tl.arange(0, CHANNELS)
+    return tl.program_id(0) // columns, channel[None, :]
+
+
+@triton.jit
+def statistics_of_parts(
+    x: tl.tensor,
+    means: tl.tensor,
+    squares: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    rows_of_part: tl.tensor,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """Mean and sum of squared deviations of each part's rows [N, C]: two [parts, C].
+
+    Every element of the tile follows the rows that it sees by Welford's method, then the tile's rows are combined: all
+    relative to the part's first row, so that nothing cancels where the mean is far above the deviation.
+    """
+    part, channel = _place_of_program(channels, CHANNELS)
+    start = part * rows_of_part
+    end = tl.minimum(start + rows_of_part, rows)
+    origin = _of_channels(x + start.to(tl.int64) * channels, channel, channels)
+    count = tl.zeros([ROWS, 1], tl.float32)
+    mean = tl.zeros([ROWS, CHANNELS], tl.float32)
+    square = tl.zeros([ROWS, CHANNELS], tl.float32)
+    while start < end:
+        row = start + tl.arange(0, ROWS)[:, None]
+        present = (row < end).to(tl.float32)
+        place = row.to(tl.int64) * channels + channel
+        value = tl.load(x + place, mask=(row < end) & (channel < channels), other=0.0).to(tl.float32)
+        count += present
+        share = present / tl.maximum(count, 1.0)
+        deviation = value - origin - mean
+        mean += deviation * share
+        square += deviation * deviation * (present - share)
+        start += ROWS
+    total = tl.sum(count, axis=0)[None, :]
+    mean_of_part = tl.sum(mean * count, axis=0)[None, :] / total
+    deviation = mean - mean_of_part
+    square_of_part = tl.sum(square + count * deviation * deviation, axis=0)[None, :]
+    tl.store(means + part * channels + channel, origin + mean_of_part, mask=channel < channels)
+    tl.store(squares + part * channels + channel, square_of_part, mask=channel < channels)
+
+
+@triton.jit
+def statistics(
+    means: tl.tensor,
+    squares: tl.tensor,
+    mean_out: tl.tensor,
+    rstd_out: tl.tensor,
+    running_mean: tl.tensor,
+    running_variance: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    rows_of_part: tl.tensor,
+    parts: tl.tensor,
+    eps: tl.tensor,
+    momentum: tl.tensor,
+    PARTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """Mean and 1 / deviation [C] of all rows from those of the parts; moves the running statistics where given."""
+    part = tl.arange(0, PARTS)[:, None]
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    known = channel < channels
+    place = part * channels + channel
+    mask = (part < parts) & known
+    count = tl.maximum(tl.minimum(rows - part * rows_of_part, rows_of_part), 0).to(tl.float32)
+    origin = _of_channels(means, channel, channels)  # sums relative to the first part's mean do not cancel
+    from_origin = tl.load(means + place, mask=mask, other=0.0) - origin
+    mean = tl.sum(from_origin * count, axis=0)[None, :] / rows
+    deviation = from_origin - mean
+    square = tl.load(squares + place, mask=mask, other=0.0) + deviation * deviation * count
+    sum_of_squares = tl.sum(square, axis=0)[None, :]
+    mean += origin
+    tl.store(mean_out + channel, mean, mask=known)
+    tl.store(rstd_out + channel, tl.rsqrt(sum_of_squares / rows + eps), mask=known)
+    if running_mean is not None:
+        old = _of_channels(running_mean, channel, channels)
+        tl.store(running_mean + channel, old * (1 - momentum) + mean * momentum, mask=known)
+        old = _of_channels(running_variance, channel, channels)
+        unbiased = sum_of_squares / (rows - 1)
+        tl.store(running_variance + channel, old * (1 - momentum) + unbiased * momentum, mask=known)
+
+
+@triton.jit
+def normalise(
+    x: tl.tensor,
+    shortcut: tl.tensor,
+    scale: tl.tensor,
+    out: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    RELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """relu(((x − mean)·rstd·weight + bias)·scale + shortcut); `scale` [N] and `shortcut` [N, C] may be None."""
+    block, channel = _place_of_program(channels, CHANNELS)
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    mask = (row < rows) & (channel < channels)
+    place = row.to(tl.int64) * channels + channel
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    value = (value - _of_channels(mean, channel, channels)) * _of_channels(rstd, channel, channels)
+    value = value * _of_channels(weight, channel, channels) + _of_channels(bias, channel, channels)
+    if scale is not None:
+        value *= tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)
+    if shortcut is not None:
+        value += tl.load(shortcut + place, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        value = tl.where(value < 0, 0.0, value)  # keeps NaN, where a maximum would hide it
+    tl.store(out + place, value, mask=mask)
+
+
+@triton.jit
+def gradient_sums_of_parts(
+    x: tl.tensor,
+    gradient: tl.tensor,
+    out: tl.tensor,
+    rectified: tl.tensor,
+    scale: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    sums: tl.tensor,
+    products: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    rows_of_part: tl.tensor,
+    RELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """Sums over each part's rows of the gradient g of the affine output, and of g·x̂: two [parts, C].
+
+    What ReLU let pass is read from `out`, and the gradient before it is written to `rectified`; where `out` is None,
+    it is computed again from `x`.
+    """
+    part, channel = _place_of_program(channels, CHANNELS)
+    start = part * rows_of_part
+    end = tl.minimum(start + rows_of_part, rows)
+    means, rstds = _of_channels(mean, channel, channels), _of_channels(rstd, channel, channels)
+    weights, biases = _of_channels(weight, channel, channels), _of_channels(bias, channel, channels)
+    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+    product = tl.zeros([ROWS, CHANNELS], tl.float32)
+    while start < end:
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < end) & (channel < channels)
+        place = row.to(tl.int64) * channels + channel
+        normalised = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - means) * rstds
+        passed = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            if out is None:
+                passed = tl.where(normalised * weights + biases <= 0, 0.0, passed)
+            else:
+                passed = tl.where(tl.load(out + place, mask=mask, other=0.0) <= 0, 0.0, passed)
+                tl.store(rectified + place, passed, mask=mask)
+        if scale is not None:
+            passed *= tl.load(scale + row, mask=row < end, other=0.0).to(tl.float32)
+        total += passed
+        product += passed * normalised
+        start += ROWS
+    place_of_part = part * channels + channel
+    tl.store(sums + place_of_part, tl.sum(total, axis=0)[None, :], mask=channel < channels)
+    tl.store(products + place_of_part, tl.sum(product, axis=0)[None, :], mask=channel < channels)
+
+
+@triton.jit
+def input_gradient(
+    x: tl.tensor,
+    gradient: tl.tensor,
+    scale: tl.tensor,
+    mean: tl.tensor,
+    rstd: tl.tensor,
+    weight: tl.tensor,
+    bias: tl.tensor,
+    sums: tl.tensor,
+    products: tl.tensor,
+    grad_x: tl.tensor,
+    rows: tl.tensor,
+    channels: tl.tensor,
+    RELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> None:
+    """weight·rstd·(g − mean of g − x̂·mean of g·x̂) from the sums [C]; without the means where `sums` is None."""
+    block, channel = _place_of_program(channels, CHANNELS)
+    row = block * ROWS + tl.arange(0, ROWS)[:, None]
+    mask = (row < rows) & (channel < channels)
+    place = row.to(tl.int64) * channels + channel
+    rstds, weights = _of_channels(rstd, channel, channels), _of_channels(weight, channel, channels)
+    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    normalised = (value - _of_channels(mean, channel, channels)) * rstds
+    passed = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        passed = tl.where(normalised * weights + _of_channels(bias, channel, channels) <= 0, 0.0, passed)
+    if scale is not None:
+        passed *= tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)
+    if sums is not None:
+        passed -= _of_channels(sums, channel, channels) / rows
+        passed -= normalised * (_of_channels(products, channel, channels) / rows)
+    tl.store(grad_x + place, passed * rstds * weights, mask=mask)
+
+
+TILE = 2048
+"""Features that a program holds at once."""
+PROGRAMS = 640
+"""How many programs share a reduction: five for each multiprocessor of a large GPU, which runs them at one time."""
+STATISTICS_WIDTH = 8
+"""Channels of a program that combines the parts' statistics, all parts at once."""
+
+
+def fused_batch_norm(
+    norm: nn.BatchNorm2d, rows: Tensor, shortcut: Tensor | None, scale: Tensor | None, relu: bool
+) -> Tensor:
+    """relu(norm(rows)·scale + shortcut), the last three where given; moves running statistics as `norm(rows)` does.
+
+    For the backward pass it keeps `rows`, and the output where both `shortcut` and `relu` are given.
+
+    Args:
+        norm: parameters, running statistics and mode.
+        rows: [N, C], float32 or half precision; statistics are float32.
+        shortcut: [N, C].
+        scale: [N], not negative.
+        relu: whether negative results become zero.
+
+    Raises:
+        ValueError: if statistics are to be taken of a single row, as there are no running ones.
+    """
+    rows = rows.contiguous()
+    shortcut = None if shortcut is None else shortcut.contiguous()
+    weight, bias = norm.weight, norm.bias
+    if weight is None:
+        weight, bias = rows.new_ones(rows.shape[1]), rows.new_zeros(rows.shape[1])
+    single = len(rows) == 1 and norm.running_mean is not None  # as `BatchNorm` says
+    of_batch = not single and (norm.training or norm.running_mean is None)
+    # the device of the kernels is the current one, not that of their tensors
+    with torch.cuda.device_of(rows):
+        mean, rstd = _batch_statistics(norm, rows) if of_batch else _running_statistics(norm)
+        return _FusedBatchNorm.apply(rows, shortcut, weight, bias, scale, mean, rstd, relu, of_batch)
+
+
+def _batch_statistics(norm: nn.BatchNorm2d, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / deviation of the rows, float32 [C]; moves the running statistics."""
+    number, channels = rows.shape
+    if number == 1:
+        raise ValueError(f"batch normalisation needs more than one site to train, not features [1, {channels}]")
+    tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
+    momentum = _count_batch(norm) if norm.training and norm.track_running_stats else 0.0
+    height, width = _tile(channels)
+    rows_of_part, parts = _parts(number, channels)
+    means, squares = rows.new_empty(2, parts, channels, dtype=torch.float32)
+    mean, rstd = rows.new_empty(2, channels, dtype=torch.float32)
+    grid = (parts * triton.cdiv(channels, width),)
+    statistics_of_parts[grid](rows.detach(), means, squares, number, channels, rows_of_part, height, width)
+    running = (norm.running_mean, norm.running_var) if tracks else (None, None)
+    statistics[(triton.cdiv(channels, STATISTICS_WIDTH),)](
+        means,
+        squares,
+        mean,
+        rstd,
+        *running,
+        number,
+        channels,
+        rows_of_part,
+        parts,
+        norm.eps,
+        momentum,
+        triton.next_power_of_2(parts),
+        STATISTICS_WIDTH,
+        num_warps=8,
+    )
+    return mean, rstd
+
+
+def _running_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None and norm.running_var is not None
+    return norm.running_mean.float(), torch.rsqrt(norm.running_var.float() + norm.eps)
+
+
+def _count_batch(norm: nn.BatchNorm2d) -> float:
+    """Count one more batch; how far the running statistics move towards its own: 1 / batches for momentum None."""
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            return 1 / norm.num_batches_tracked.item()
+    return 0.0 if norm.momentum is None else float(norm.momentum)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Rows and channels of a tile; a row's channels fill a cache line of half precision."""
+    width = min(64, triton.next_power_of_2(channels))
+    return TILE // width, width
+
+
+def _parts(rows: int, channels: int) -> tuple[int, int]:
+    """(rows of a part, parts) of a reduction over the rows, in whole tiles."""
+    height, width = _tile(channels)
+    most = max(1, PROGRAMS // triton.cdiv(channels, width))
+    rows_of_part = triton.cdiv(triton.cdiv(rows, most), height) * height
+    return rows_of_part, triton.cdiv(rows, rows_of_part)
+
+
+class _FusedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        shortcut: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        relu: bool,
+        of_batch: bool,
+    ) -> Tensor:
+        number, channels = rows.shape
+        height, width = _tile(channels)
+        dtype = rows.dtype if shortcut is None else torch.promote_types(rows.dtype, shortcut.dtype)
+        out = torch.empty_like(rows, dtype=dtype)
+        grid = (triton.cdiv(number, height) * triton.cdiv(channels, width),)
+        normalise[grid](rows, shortcut, scale, out, mean, rstd, weight, bias, number, channels, relu, height, width)
+        # Without a shortcut, what ReLU let pass is found again from the rows: less to read than the output.
+        kept = out if relu and shortcut is not None else None
+        ctx.save_for_backward(rows, weight, bias, scale, mean, rstd, kept)
+        ctx.relu, ctx.of_batch, ctx.has_shortcut = relu, of_batch, shortcut is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, bias, scale, mean, rstd, out = ctx.saved_tensors
+        number, channels = rows.shape
+        height, width = _tile(channels)
+        rows_of_part, parts = _parts(number, channels)
+        columns = triton.cdiv(channels, width)
+        gradient = gradient.contiguous()
+        rectified = None if out is None else torch.empty_like(gradient)
+        of_parts = rows.new_empty(2, parts, channels, dtype=torch.float32)
+        factors = (scale, mean, rstd, weight, bias)
+        gradient_sums_of_parts[(parts * columns,)](
+            rows,
+            gradient,
+            out,
+            rectified,
+            *factors,
+            *of_parts,
+            number,
+            channels,
+            rows_of_part,
+            ctx.relu,
+            height,
+            width,
+        )
+        if rectified is not None:
+            gradient = rectified
+        sums, products = of_parts.sum(dim=1)
+        grad_rows = torch.empty_like(rows)
+        means = (sums, products) if ctx.of_batch else (None, None)
+        recompute = ctx.relu and out is None
+        input_gradient[(triton.cdiv(number, height) * columns,)](
+            rows, gradient, *factors, *means, grad_rows, number, channels, recompute, height, width
+        )
+        grad_shortcut = gradient if ctx.has_shortcut else None
+        return grad_rows, grad_shortcut, products.to(weight.dtype), sums.to(bias.dtype), None, None, None, None, None

@@ -1,0 +1,1 @@
+"""What the operations of dense networks mean on rows of sites."""

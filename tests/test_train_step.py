@@ -1,0 +1,45 @@
+"""A run whose length is given in steps ends there, wherever its epochs end, as one of whole epochs does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import SMALL, newest, write_config, write_images
+
+from spark_me.config.loading import load_config
+from spark_me.train.checkpoint import list_checkpoints
+from spark_me.train.logs import read_metrics
+from spark_me.train.pretrain import pretrain
+
+
+def test_a_run_of_steps_ends_within_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL)  # 4 steps an epoch
+    length = ["train.epochs=null", "train.steps=6", "optim.warmup_epochs=null", "optim.warmup_share=0.5"]
+    run = tmp_path / "run"
+    pretrain(load_config(path, [f"run.dir={run}", "run.checkpoint_every_steps=null", *length]))
+    assert [checkpoint.stem for checkpoint in list_checkpoints(run / "checkpoints")] == [
+        "step_00000004",
+        "step_00000006",
+    ]
+    entries = read_metrics(run / "metrics.jsonl")
+    rates = [entry["lr"] for entry in entries if "lr" in entry]
+    peak = 0.05 * 2 / 256
+    assert len(rates) == 6 and rates[3] == max(rates) == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(0.001 * peak)
+    assert [entry["step"] for entry in entries if "held_out_loss" in entry] == [4, 6]
+    assert (run / "reconstruction.png").is_file()
+    out = capsys.readouterr().out
+    assert "6 steps of 2, adamw with peak lr 0.000391 (base_lr 0.05 · 2 / 256)" in out
+    assert "epoch 2/2 · step 6" in out
+
+    pretrain(load_config(path, [f"run.dir={run}", *length]))
+    assert "this run is complete" in capsys.readouterr().out
+
+
+def test_whole_epochs_and_as_many_steps_are_the_same_run(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=1)
+    in_steps = ["train.epochs=null", "train.steps=4", "optim.warmup_epochs=null", "optim.warmup_share=0.25"]
+    pretrain(load_config(path, [f"run.dir={tmp_path / 'epochs'}", "optim.warmup_epochs=0.25"]))
+    pretrain(load_config(path, [f"run.dir={tmp_path / 'steps'}", *in_steps]))
+    one, other = newest(tmp_path / "epochs")["model"], newest(tmp_path / "steps")["model"]
+    assert all(torch.equal(one[key], other[key]) for key in one)
