@@ -62,7 +62,7 @@ def test_key_and_value_behind_an_option_of_several_values(config: Path, capsys: 
         (["--train.epochs=3"], "train.epochs=3"),
         (["--epochs", "3"], "train.epochs=3"),
         (["--batch-size", "8"], "train.batch_size=8"),
-        (["--lr=1e-3"], "optim.base_lr=1e-3"),
+        (["--lr=1e-3"], "optim.lr=1e-3"),
         (["--flip"], "data.flip=VALUE"),
     ],
 )

@@ -226,6 +226,14 @@ def test_the_later_of_two_ways_to_give_a_length_counts(write: Write) -> None:
     assert message_of(both).startswith("train.steps=10")
 
 
+def test_the_learning_rate_given_last_counts(write: Write):
+    path = write("c.yaml", "data: {root: a}\noptim: {base_lr: 1e-3}")
+    optim = load_config(path, ["optim.lr=5e-4"]).optim
+    assert (optim.base_lr, optim.lr) == (None, 5e-4)
+    optim = load_config(path, ["optim.lr=5e-4", "optim.lr=null", "optim.base_lr=2e-3"]).optim
+    assert (optim.base_lr, optim.lr) == (2e-3, None)
+
+
 def test_a_number_is_the_side_of_a_square(write: Write) -> None:
     path = write("c.yaml", "data: {root: a}\nmodel: {image_size: 96}")
     assert load_config(path).model.image_size == [96, 96]

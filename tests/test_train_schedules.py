@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from spark_me.config.tasks import PretrainConfig
-from spark_me.train.schedules import Schedule, build_schedule
+from spark_me.config.training import OptimConfig
+from spark_me.train.schedules import Schedule, build_schedule, describe_peak
 
 SCHEDULE = Schedule(
     steps=111,
@@ -54,6 +55,12 @@ def test_apply_sets_decay_in_decayed_groups_alone() -> None:
     SCHEDULE.apply(optimizer, 55)
     assert [group["lr"] for group in optimizer.param_groups] == [SCHEDULE.lr(55)] * 2
     assert [group["weight_decay"] for group in optimizer.param_groups] == [pytest.approx(0.12), 0.0]
+
+
+def test_a_peak_of_its_own_does_not_depend_on_the_batch() -> None:
+    config = PretrainConfig(optim=OptimConfig(base_lr=None, lr=7e-4))
+    assert build_schedule(config, steps_per_epoch=312).lr(40 * 312) == pytest.approx(7e-4)
+    assert describe_peak(config) == "lamb with peak lr 0.0007"
 
 
 def test_official_recipe() -> None:

@@ -27,6 +27,7 @@ SECTIONS = {"base", "weights", "model", "data", "optim", "train", "run"}
 """What may stand at the top of a file of any task."""
 ALTERNATIVES = (
     ("train.epochs", "train.steps"),
+    ("optim.base_lr", "optim.lr"),
     ("optim.warmup_epochs", "optim.warmup_share"),
     ("data.held_out", "data.val_root", "data.val_split"),
 )

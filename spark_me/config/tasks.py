@@ -150,7 +150,7 @@ class FinetuneOptimConfig(OptimConfig):
     """The optimizer and its schedule."""
 
     name: str = "adamw"
-    base_lr: float = 1e-3
+    base_lr: float | None = 1e-3
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     weight_decay: float = 0.05
     weight_decay_end: float = 0.05

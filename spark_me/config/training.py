@@ -27,9 +27,11 @@ class OptimConfig:
 
     name: str = "lamb"
     """lamb or adamw. Example: adamw."""
-    base_lr: float = 2e-4
-    """Peak learning rate for 256 images a batch; the run's peak is base_lr · batch_size / 256.
+    base_lr: float | None = 2e-4
+    """Peak learning rate for 256 images a batch; the run's peak is base_lr · batch_size / 256. null where lr says it.
     Example: 1e-3."""
+    lr: float | None = None
+    """The run's peak learning rate itself, whatever the batch; null where base_lr says it. Example: 3e-4."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """Decay rates of the averages of the gradient and of its square."""
     weight_decay: float = 0.04
@@ -51,7 +53,10 @@ class OptimConfig:
     def rules(self) -> Iterator[Rule]:
         """Every range check, in the order of the keys."""
         yield "optim.name", self.name in OPTIMIZERS, f"must be one of {', '.join(OPTIMIZERS)}"
-        yield "optim.base_lr", self.base_lr > 0, "must be positive"
+        yield "optim.base_lr", self.base_lr is not None or self.lr is not None, "must be given, or optim.lr"
+        yield "optim.base_lr", self.base_lr is None or self.base_lr > 0, "must be positive"
+        yield "optim.lr", self.base_lr is None or self.lr is None, "must be null, or add optim.base_lr=null"
+        yield "optim.lr", self.lr is None or self.lr > 0, "must be positive"
         yield "optim.betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "must be two in [0, 1)"
         yield "optim.weight_decay", self.weight_decay >= 0, "must not be negative"
         yield "optim.weight_decay_end", self.weight_decay_end >= 0, "must not be negative"

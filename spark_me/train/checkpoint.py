@@ -109,7 +109,7 @@ def require_finite(state: TrainState) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
                 f"{name} is not finite at step {state.step}; this checkpoint was not written: go on from the last one "
-                "by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or train.precision=fp32"
+                "by run.resume=ITS_PATH in another run.dir, with a lower learning rate or train.precision=fp32"
             )
 
 

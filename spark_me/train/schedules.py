@@ -99,7 +99,7 @@ class Schedule:
 
 
 def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
-    """The schedule of a run; the peak is base_lr · batch_size / 256."""
+    """The schedule of a run; the peak is lr, or base_lr · batch_size / 256."""
     optim, steps = config.optim, count_steps(config, steps_per_epoch)
     return Schedule(
         steps=steps,
@@ -138,8 +138,9 @@ def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
 
 def describe_peak(config: AnyConfig) -> str:
     """The optimizer and its highest learning rate, with the rule that it comes from."""
-    name, base, size = config.optim.name, config.optim.base_lr, config.train.batch_size
-    return f"{name} with peak lr {_peak_lr(config):.3g} (base_lr {base:g} · {size} / 256)"
+    base, size = config.optim.base_lr, config.train.batch_size
+    rule = "" if base is None else f" (base_lr {base:g} · {size} / 256)"
+    return f"{config.optim.name} with peak lr {_peak_lr(config):.3g}{rule}"
 
 
 def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) -> int:
@@ -150,7 +151,11 @@ def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) ->
 
 
 def _peak_lr(config: AnyConfig) -> float:
-    return config.optim.base_lr * config.train.batch_size / 256
+    optim = config.optim
+    if optim.lr is not None:
+        return optim.lr
+    assert optim.base_lr is not None  # one of the two is given
+    return optim.base_lr * config.train.batch_size / 256
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

@@ -195,7 +195,7 @@ class Stepper:
             raise distributed.shared(
                 UserError(
                     f"the {what} is {value} at step {self.state.step + 1}{images}; the step was not taken: go on from "
-                    "the last checkpoint by run.resume=ITS_PATH in another run.dir, with a lower optim.base_lr or "
+                    "the last checkpoint by run.resume=ITS_PATH in another run.dir, with a lower learning rate or "
                     "train.precision=fp32"
                 )
             )
