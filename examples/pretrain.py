@@ -50,7 +50,10 @@ class Images(Dataset):
 def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loader = DataLoader(Images(args.folder, args.image_size), args.batch_size, shuffle=True, num_workers=args.workers)
+    images = Images(args.folder, args.image_size)
+    if not len(images):
+        parser.error(f"{args.folder}: no .jpg and no .png in it")
+    loader = DataLoader(images, args.batch_size, shuffle=True, num_workers=args.workers)
 
     network = timm.create_model(args.network)
     model = spark_me.build_model(network, image_size=args.image_size, mask_ratio=0.6, decoder_width=256).to(device)
@@ -59,8 +62,8 @@ def main() -> None:
 
     for epoch in range(1, args.epochs + 1):
         total = 0.0
-        for images in loader:
-            loss = model(images.to(device))  # draws a mask, encodes visible pixels alone, reconstructs hidden patches
+        for batch in loader:
+            loss = model(batch.to(device))  # draws a mask, encodes visible pixels alone, reconstructs hidden patches
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

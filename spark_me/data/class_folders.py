@@ -76,7 +76,7 @@ def find_classes(root: Path, key: str) -> tuple[Labelled, list[str]]:
         UserError: if there is no such folder, it has less than two class folders, or one has no images.
     """
     if not is_there(root, folder=True):
-        raise UserError(f"{key}: no such folder: give one with a folder for each class, below train/ and val/ or alone")
+        raise UserError(f"{key}: no such folder: it has to hold a folder for each class")
     found = class_folders(root)
     if len(found) < 2:
         number = "one class folder alone" if found else "no class folders"
