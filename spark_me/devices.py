@@ -9,6 +9,13 @@ from torch import Tensor
 from spark_me.errors import UserError, first_line
 
 
+def device_name(name: str) -> str:
+    """A device's name; auto takes CUDA where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def pick_device(name: str, option: str = "--device ", advice: str = "use auto or cpu") -> torch.device:
     """A device by name, with its number; auto takes CUDA where there is one.
 
@@ -19,8 +26,7 @@ def pick_device(name: str, option: str = "--device ", advice: str = "use auto or
     Raises:
         UserError: if it is not usable here.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = device_name(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

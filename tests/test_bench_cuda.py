@@ -48,7 +48,7 @@ def test_dense_backends_run_compiled_besides():
     assert str(COMPILED) == "masked_dense (channels_last, compiled)"
 
 
-@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [True, False])
 def test_the_simulation_compiles_whole_and_computes_the_same(training):
     """Traced for a compiler, it is one graph; the simulation's batch norm takes another way there."""
     torch.manual_seed(0)

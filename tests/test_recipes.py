@@ -139,8 +139,7 @@ def test_small_data_warms_up_for_a_share_of_its_steps() -> None:
         assert schedule.lr(19_999) == pytest.approx(1e-6)
 
 
-# The recipe at 384 pixels has the network of the one at 224.
-@pytest.mark.parametrize("name", [*(name for name in RECIPES if "-384" not in name), "small"])
+@pytest.mark.parametrize("name", [*RECIPES, "small"])
 def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     # As published but for the size of image and batch, a learning rate whose first step is seen, and TF32.
     config = load_config(

@@ -9,6 +9,7 @@ from checkpoints import assert_bitwise, random_like
 from file_server import serving
 
 import spark_me
+from spark_me import networks
 from spark_me.weights import models
 from spark_me.weights.files import read_state
 
@@ -108,13 +109,15 @@ def test_published_names_and_addresses():
     assert [url[-12:-4] for url in urls.values()] == ["e403c28f", "f86aab51", "b0ea712e", "ffc78743"]
 
 
-def test_listed_models_of_every_kind_can_be_built():
+def test_every_listed_model_can_be_built():
     classifiers = {CLASSIFIER, "convnextv2-tiny_spark-pre_300e_in1k"}
     pretrained = {"spark_sparse-resnet50_800e_in1k", "spark_sparse-convnextv2-tiny_800e_in1k"}
     plain = {"resnet18", "resnet200", "convnext_large", "convnextv2_atto", "convnextv2_huge"}
     assert set(spark_me.list_models()) >= classifiers | pretrained | plain
     with torch.device("meta"):
-        for name in classifiers | pretrained | plain:
+        for name in spark_me.list_models():
+            if name in networks._OWN:  # of another test
+                continue
             network = spark_me.get_model(name)
             assert not any(module.training for module in network.modules())
             maps = network.feature_maps(torch.empty(1, 3, 64, 32))

@@ -53,7 +53,7 @@ def _bench(args: argparse.Namespace) -> None:
         return
     from spark_me.bench.case import Case
     from spark_me.bench.command import bench, bench_largest, bench_sweep
-    from spark_me.devices import pick_device
+    from spark_me.devices import device_name
 
     case = Case(
         args.encoder,
@@ -61,7 +61,7 @@ def _bench(args: argparse.Namespace) -> None:
         image_size(args.image_size),
         args.mask_ratio,
         args.decoder_width,
-        pick_device(args.device).type,
+        device_name(args.device),
         args.dtype,
     )
     options = {name: getattr(args, name) for name in ("backends", "runs", "warmup", "memory", "compiled")}

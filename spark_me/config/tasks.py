@@ -91,12 +91,7 @@ class PretrainConfig:
 
     def rules(self) -> Iterator[Rule]:
         """Every range check, by and large in the order of the keys."""
-        yield from self.model.rules()
-        yield from self.data.rules(self.model.in_channels)
-        yield from self.optim.rules()
-        yield from self.train.rules()
-        yield from warmup_rules(self.optim, self.train)
-        yield from self.run.rules()
+        yield from _rules_of_sections(self)
 
 
 # Keys that change neither the weights a run arrives at nor the pictures of it: a resumed run may change them.
@@ -221,16 +216,20 @@ class FinetuneConfig:
         """Every range check, by and large in the order of the keys."""
         start = "must name what to start from: add weights=PATH, or weights=none to start from scratch"
         yield "weights", bool(self.weights), start
-        yield from self.model.rules()
-        yield from self.data.rules(self.model.in_channels)
-        yield from self.optim.rules()
-        yield from self.train.rules()
-        yield from warmup_rules(self.optim, self.train)
-        yield from self.run.rules()
+        yield from _rules_of_sections(self)
 
 
 AnyConfig: TypeAlias = PretrainConfig | FinetuneConfig
 """Of any task of the trainer."""
+
+
+def _rules_of_sections(config: AnyConfig) -> Iterator[Rule]:
+    yield from config.model.rules()
+    yield from config.data.rules(config.model.in_channels)
+    yield from config.optim.rules()
+    yield from config.train.rules()
+    yield from warmup_rules(config.optim, config.train)
+    yield from config.run.rules()
 
 
 def _patch_size(encoder: str) -> tuple[int, str]:

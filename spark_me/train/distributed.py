@@ -15,7 +15,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from spark_me.data.loaders import death_of_worker
 from spark_me.data.unreadable import UnreadableFiles
-from spark_me.devices import float32_products, pick_device
+from spark_me.devices import device_name, float32_products, pick_device
 from spark_me.errors import UserError, first_line
 
 
@@ -214,7 +214,8 @@ def device_of_process(name: str) -> torch.device:
     Raises:
         UserError: if there is no such device, or fewer GPUs than processes.
     """
-    if world_size() > 1 and (name == "cuda" or name == "auto" and torch.cuda.is_available()):
+    name = device_name(name)
+    if name == "cuda" and world_size() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     advice = "use run.device=auto or cpu, and no more processes on a machine than it has GPUs"
     device = pick_device(name, "run.device=", advice)
