@@ -1,6 +1,7 @@
 """Labelled images: which there are, which part of them is used, and how they are seen."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ from tiny_finetune import tiny_config, write_classes
 
 from spark_me.config.data import FinetuneDataConfig
 from spark_me.data.class_folders import balanced_part, balanced_places, find_classes, find_labelled
-from spark_me.data.datasets import LabelledTrainDataset, labelled_reader
-from spark_me.data.loaders import labelled_train_loader
-from spark_me.data.sampler import StepSampler
+from spark_me.data.datasets import Batch, LabelledTrainDataset
+from spark_me.data.loaders import labelled_train_loader, labelled_train_reader
+from spark_me.data.sampler import Share, StepSampler
 from spark_me.data.transforms import augmentation, centre_crop
 from spark_me.errors import UserError
 
@@ -91,7 +92,7 @@ def test_label_is_that_of_the_image_that_replaces_an_unreadable_one(tmp_path: Pa
     (root / "train" / "green" / "0.png").write_bytes(b"no image")
     files = find_labelled(config.data, seed=0)
     dataset = LabelledTrainDataset(
-        files.train, labelled_reader(augmentation(config.data, 3), config), repeats=2, most_unreadable=1
+        files.train, labelled_train_reader(config.data, 3, seed=0), repeats=2, most_unreadable=1
     )
     assert [dataset[0, index].label for index in range(6)] == [0, 2, 2, 0, 2, 2]
     blue, red = dataset[0, 0].image, dataset[0, 1].image
@@ -103,8 +104,13 @@ def test_repeated_augmentation_has_other_crops_of_the_same_images(tmp_path: Path
     write_classes(tmp_path / "images")
     config = tiny_config(tmp_path, "data.repeated_augmentation=2", "train.batch_size=6")
     files = find_labelled(config.data, seed=0)
-    options = {"steps": 4, "most_unreadable": 0, "rank": 0, "world_size": 1, "pin_memory": False}
-    batches = list(labelled_train_loader(files.train, config, first_step=0, **options))
+    reader = labelled_train_reader(config.data, 3, seed=0)
+
+    def load(first_step: int) -> Iterable[Batch]:
+        share = Share(6, 4, seed=0, first_step=first_step)
+        return labelled_train_loader(files.train, reader, config.data, share, most_unreadable=0, pin_memory=False)
+
+    batches = list(load(first_step=0))
     assert len(batches) == 4
     for batch in batches:
         images = [index % 12 for index in batch.indices]
@@ -112,9 +118,9 @@ def test_repeated_augmentation_has_other_crops_of_the_same_images(tmp_path: Path
         assert not torch.equal(batch.images[0], batch.images[1])
     epochs = [{index % 12 for batch in batches[start : start + 2] for index in batch.indices} for start in (0, 2)]
     assert [len(epoch) for epoch in epochs] == [6, 6] and epochs[0] != epochs[1]
-    later = next(iter(labelled_train_loader(files.train, config, first_step=3, **options)))
+    later = next(iter(load(first_step=3)))
     assert later.indices == batches[3].indices and torch.equal(later.images, batches[3].images)
-    parts = [list(StepSampler(12, 6, 4, seed=0, rank=rank, world_size=2, copies=2))[0] for rank in (0, 1)]
+    parts = [list(StepSampler(12, Share(6, 4, seed=0, rank=rank, world_size=2), copies=2))[0] for rank in (0, 1)]
     assert [index % 12 for _, index in parts[0]] == [index % 12 for _, index in parts[1]]
 
 

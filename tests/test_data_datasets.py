@@ -10,8 +10,8 @@ from PIL import Image
 from spark_me.config.data import DataConfig
 from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import Batch, HeldOutDataset, Reader, TrainDataset, collate
-from spark_me.data.files import Files
-from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
+from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader, train_reader
+from spark_me.data.sampler import Share
 from spark_me.data.transforms import held_out_transform, to_displayable, train_transform
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
@@ -82,17 +82,16 @@ def test_loaded_batches_are_the_same_with_any_number_of_workers(files: list[Path
 def test_loading_draws_nothing_from_the_default_generator(files: list[Path]) -> None:
     config = PretrainConfig()
     config.model.image_size = list(SIZE)
-    config.train.batch_size, config.data.workers = 4, 0
+    config.data.workers = 0
     before = torch.get_rng_state()
     list(loader_of(files, config))
-    list(held_out_loader(held_out_dataset(Files([], files), config), config, rank=0, world_size=1, pin_memory=False))
+    list(held_out_loader(held_out_dataset(files, config.data, config.model, seed=0), 4, workers=0, pin_memory=False))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def loader_of(files: list[Path], config: PretrainConfig) -> torch.utils.data.DataLoader:
-    return train_loader(
-        Files(files, []), config, first_step=0, steps=3, most_unreadable=0, rank=0, world_size=1, pin_memory=False
-    )
+    reader, share = train_reader(config.data, config.model, seed=0), Share(4, steps=3, seed=0)
+    return train_loader(files, reader, config.data, share, most_unreadable=0, pin_memory=False)
 
 
 def test_unreadable_file_is_replaced_by_the_next_and_recorded(files: list[Path]) -> None:

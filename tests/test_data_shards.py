@@ -9,6 +9,7 @@ from tar_shards import png, write_shard, write_shards
 
 from spark_me.config.data import DataConfig
 from spark_me.data.files import find_files, fingerprint
+from spark_me.data.sampler import Share
 from spark_me.data.shards import Shards, TarImages, count_names
 from spark_me.data.streams import ShardSampler
 from spark_me.errors import UserError
@@ -60,7 +61,7 @@ def test_missing_and_damaged_shards(pattern: str, tmp_path: Path) -> None:
     second = tmp_path / "01.tar"
     second.write_bytes(second.read_bytes()[:6000])
     with pytest.raises(UserError, match="cannot be read beyond its first . images"):
-        list(ShardSampler(Shards(shards_of_any(pattern), 24), 4, 6, repeats=1, buffer=1, seed=0))
+        list(ShardSampler(Shards(shards_of_any(pattern), 24), Share(4, 6, seed=0), repeats=1, buffer=1))
     second.write_bytes(b"no tar")
     with pytest.raises(UserError, match="01.tar: is no whole, uncompressed tar archive"):
         find_files(DataConfig(kind="webdataset", root=pattern))

@@ -13,8 +13,9 @@ from tar_shards import SIZES, png, write_shard, write_shards
 from spark_me.config.data import DataConfig
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import PretrainConfig
-from spark_me.data.files import Files, find_files
-from spark_me.data.loaders import train_loader
+from spark_me.data.files import find_files
+from spark_me.data.loaders import train_loader, train_reader
+from spark_me.data.sampler import Share
 from spark_me.data.shards import Shards
 from spark_me.data.streams import ShardSampler, read_ahead
 from spark_me.errors import UserError
@@ -34,8 +35,9 @@ def shards_of(pattern: str) -> Shards:
 
 
 def sampler(pattern: str, batch_size: int = 4, steps: int = 12, **arguments) -> ShardSampler:
-    arguments = {"repeats": 1, "buffer": 8, "seed": 3, **arguments}
-    return ShardSampler(shards_of(pattern), batch_size, steps, **arguments)
+    repeats, buffer = arguments.pop("repeats", 1), arguments.pop("buffer", 8)
+    share = Share(batch_size, steps, **{"seed": 3, **arguments})
+    return ShardSampler(shards_of(pattern), share, repeats=repeats, buffer=buffer)
 
 
 def numbers(batches: list) -> list[int]:
@@ -95,7 +97,7 @@ def test_processes_read_different_shards(pattern: str) -> None:
 
 def test_short_processes_begin_their_shards_again_under_other_indices(pattern: str) -> None:
     shards = Shards([shards_of(pattern).urls[0]], samples=15)  # it holds 5
-    batches = list(ShardSampler(shards, 5, 3, repeats=1, buffer=8, seed=0))
+    batches = list(ShardSampler(shards, Share(5, 3, seed=0), repeats=1, buffer=8))
     assert [sorted(numbers([batch])) for batch in batches] == [list(range(5))] * 3
     assert len({key[1] for batch in batches for key in batch}) == 15
 
@@ -117,14 +119,14 @@ def test_the_last_batch_may_be_filled_up_with_images_that_come_again(pattern: st
 def loader_config(pattern: str, workers: int) -> PretrainConfig:
     config = PretrainConfig(data=DataConfig(kind="webdataset", root=pattern, workers=workers, shuffle_buffer=8))
     config.model.image_size = [32, 64]
-    config.train.batch_size = 4
     return config
 
 
 def loaded(pattern: str, workers: int, first_step: int = 0) -> list:
-    files = Files(shards_of(pattern), [])
-    options = {"steps": 12, "most_unreadable": 0, "rank": 0, "world_size": 1, "pin_memory": False}
-    return list(train_loader(files, loader_config(pattern, workers), first_step=first_step, **options))
+    config = loader_config(pattern, workers)
+    reader, share = train_reader(config.data, config.model, seed=0), Share(4, 12, seed=0, first_step=first_step)
+    loader = train_loader(shards_of(pattern), reader, config.data, share, most_unreadable=0, pin_memory=False)
+    return list(loader)
 
 
 def test_batches_are_the_same_with_any_number_of_workers_and_after_a_resume(pattern: str) -> None:
@@ -152,7 +154,7 @@ def test_unreadable_image_is_replaced_from_its_batch(pattern: str) -> None:
 def test_shards_without_images_are_no_endless_loop(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", {"a.txt": b"x"})
     with pytest.raises(UserError, match="no images in 1 shards"):
-        list(ShardSampler(Shards([str(tmp_path / "a.tar")], 8), 4, 2, repeats=1, buffer=4, seed=0))
+        list(ShardSampler(Shards([str(tmp_path / "a.tar")], 8), Share(4, 2, seed=0), repeats=1, buffer=4))
 
 
 def test_reading_ahead_keeps_order_errors_and_stops() -> None:

@@ -100,7 +100,7 @@ def test_a_signal_stops_it_and_it_goes_on(
 
 
 def test_a_folder_belongs_to_one_configuration_and_one_file_of_weights(config: FinetuneConfig) -> None:
-    settle_images(config, config.weights, "weights=")
+    settle_images(config.data, config.model.in_channels, config.weights, "weights=")
     comparison = Comparison(Path(config.run.dir), config, Path(config.weights))
     comparison.add(Trial("scratch", 1.0, 3, 12, 0.5))
     config.optim.base_lr *= 2

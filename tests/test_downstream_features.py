@@ -8,6 +8,7 @@ import torch
 from checkpoints import random_like
 from classifier_files import by_hand, fine_tuned, save_image, torchvision_resnet
 from PIL import Image
+from tiny_runs import content_of
 from torch.nn import functional
 
 import spark_me
@@ -16,7 +17,7 @@ from spark_me.config.loading import load_config
 from spark_me.downstream.features import load_encoder
 from spark_me.downstream.images import over_images
 from spark_me.downstream.preprocessing import recipe_preprocessing
-from spark_me.train.checkpoint import PRETRAIN, TrainState, checkpoint_of, write_checkpoint
+from spark_me.train.checkpoint import PRETRAIN, TrainState, write_checkpoint
 from spark_me.train.reconstruct import load_images, model_of
 
 
@@ -47,13 +48,14 @@ def test_of_a_pretraining_checkpoint_equal_the_sparse_models(tmp_path, images, a
     (tmp_path / "c.yaml").write_text(f"data: {{root: {tmp_path / 'images'}, mean: [0.1, 0.2, 0.3], std: [1, 2, 3]}}")
     overrides = ["model.encoder=convnextv2_atto", "model.image_size=[64,96]", "model.decoder_width=32"]
     config = load_config(tmp_path / "c.yaml", overrides)
-    model = model_of(config)
+    model = model_of(config.model)
     model.load_state_dict(random_like(model.state_dict()))
     state = TrainState(model, torch.optim.SGD(model.parameters()), torch.amp.GradScaler(enabled=False), step=4)
-    content = checkpoint_of(state, config, task=PRETRAIN, steps_per_epoch=4, data_fingerprint="x")
+    content = content_of(state, config, task=PRETRAIN, steps_per_epoch=4, data_fingerprint="x")
     path = write_checkpoint(tmp_path, content, keep_last=1)
     with torch.no_grad():
-        crops = torch.stack([subject.crop.image for subject in load_images(images, config)])
+        subjects = load_images(images, config.data, config.model, config.run.seed)
+        crops = torch.stack([subject.crop.image for subject in subjects])
         *_, deepest = model.eval().encode(crops)
     encoder = load_encoder(path)
     actual = encoder.features(torch.stack([encoder.preprocessing.prepare(image) for image in images]))

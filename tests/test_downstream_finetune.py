@@ -286,17 +286,18 @@ def test_images_are_those_of_the_pretraining_unless_told_otherwise(
     # evaluate takes those of the fine-tuning.
     own = tmp_path / "run" / "checkpoints" / "best.pt"
     config = tiny_config(tmp_path, *free)
-    evaluate(config, str(own))
+    config.weights = str(own)
+    evaluate(config)
     assert seen(config) == recorded
 
 
 def test_images_of_other_weights_are_imagenets(images: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "data.train_crop=null", "data.test_resize=null", "data.test_crop=null")
-    settle_images(config, "none", "weights=")
+    settle_images(config.data, config.model.in_channels, "none", "weights=")
     assert seen(config) == (224, 236, 224, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     config = tiny_config(tmp_path, "model.in_channels=2")
     with pytest.raises(UserError, match="data.mean=null: weights=none has none: give model.in_channels=2 values"):
-        settle_images(config, "none", "weights=")
+        settle_images(config.data, config.model.in_channels, "none", "weights=")
 
 
 def test_other_channels_than_the_pretraining(images: Path, tmp_path: Path) -> None:

@@ -81,3 +81,23 @@ def test_sparse_knows_little_and_minkowski_alone() -> None:
             assert {room(each) for each in found if each.startswith("spark_me.")} <= {"sparse", *BELOW_SPARSE}, name
         if name != "spark_me.sparse.minkowski":
             assert not any(each.split(".")[0] == "MinkowskiEngine" for each in found), name
+
+
+TASKS = {
+    "train.pretrain", "downstream.finetune", "downstream.compare", "downstream.evaluate", "data.commands",
+    "train.run_directory",
+}  # fmt: skip
+"""What runs a whole configuration, and the directory that records it. All else is given the part that it needs."""
+WHOLE = {"PretrainConfig", "FinetuneConfig", "AnyConfig"}
+
+
+def test_below_the_tasks_no_function_takes_a_whole_configuration() -> None:
+    for name, path in modules().items():
+        short = name.removeprefix("spark_me.")
+        if short in TASKS or room(name) == "config":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                hints = [each.annotation for each in (*node.args.args, *node.args.kwonlyargs) if each.annotation]
+                named = {each.id for hint in hints for each in ast.walk(hint) if isinstance(each, ast.Name)}
+                assert not named & WHOLE, f"{short}.{node.name}"

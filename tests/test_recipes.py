@@ -12,6 +12,7 @@ from torch import nn
 
 from spark_me.config.loading import load_config
 from spark_me.data.files import find_files
+from spark_me.data.sampler import Share
 from spark_me.spark import SparK
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import Precision
@@ -115,8 +116,8 @@ def test_numbers_are_the_published_ones(name: str) -> None:
 def test_curves_are_the_published_ones(name: str) -> None:
     recipe, config = RECIPES[name], load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
     each = STEPS_OF_EPOCH[recipe.batch_size]
-    assert count_steps_per_epoch(IMAGENET, config) == each
-    schedule = build_schedule(config, each)
+    assert count_steps_per_epoch(IMAGENET, config.data, config.train.batch_size) == each
+    schedule = build_schedule(config.optim, config.train, each)
     last = recipe.epochs * each - 1
     assert schedule.steps == last + 1
     warm = recipe.warmup_epochs * each
@@ -133,7 +134,7 @@ def test_curves_are_the_published_ones(name: str) -> None:
 def test_small_data_warms_up_for_a_share_of_its_steps() -> None:
     config = load_config(PRETRAIN / "small.yaml", ["data.root=images"])
     for images in (2, 300):  # steps an epoch
-        schedule = build_schedule(config, images)
+        schedule = build_schedule(config.optim, config.train, images)
         assert (schedule.steps, schedule.warmup_steps) == (20_000, 1_000)
         assert schedule.lr(1_000) == pytest.approx(1e-3)
         assert schedule.lr(19_999) == pytest.approx(1e-6)
@@ -160,8 +161,9 @@ def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
     state = TrainState(task.model, optimizer, precision.scaler)
     watched = next(task.model.encoder.parameters())
     before = watched.detach().clone()
-    stepper = Stepper(task, state, build_schedule(config, 1), precision, seed=0, clip_norm=config.optim.clip_norm)
-    values = stepper.step([next(iter(task.batches(0, 0)))])
+    schedule = build_schedule(config.optim, config.train, 1)
+    stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
+    values = stepper.step([next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
     assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < (3 if config.model.init == "official" else 40)
     assert not torch.equal(watched, before) and watched.isfinite().all()
 
@@ -233,7 +235,7 @@ def assert_decay_reaches_weights_alone(model: nn.Module, optimizer: torch.optim.
 )
 def test_models_have_the_published_size(name: str, parameters: int) -> None:
     config = load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
-    assert sum(parameter.numel() for parameter in model_of(config).parameters()) == parameters
+    assert sum(parameter.numel() for parameter in model_of(config.model).parameters()) == parameters
 
 
 def test_recipes_inherit_from_their_source_and_say_their_command() -> None:

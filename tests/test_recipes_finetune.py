@@ -12,6 +12,7 @@ from tiny_finetune import write_classes
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import FinetuneConfig
 from spark_me.data.class_folders import find_labelled
+from spark_me.data.sampler import Share
 from spark_me.downstream.finetune import Finetuning
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import Precision
@@ -110,8 +111,8 @@ def test_numbers_and_curves_are_the_published_ones(name: str) -> None:
     assert recipe.lamb is None or asdict(config.optim.lamb) == recipe.lamb
     assert model.classifier_std == recipe.classifier_std
     each = STEPS_OF_EPOCH[recipe.batch_size]
-    assert count_steps_per_epoch(IMAGENET, config) == each
-    schedule = build_schedule(config, each)
+    assert count_steps_per_epoch(IMAGENET, config.data, config.train.batch_size) == each
+    schedule = build_schedule(config.optim, config.train, each)
     last = recipe.epochs * each - 1
     assert schedule.lr(0) == pytest.approx(recipe.first_lr)
     assert schedule.lr(recipe.warmup_epochs * each) == pytest.approx(recipe.lr)
@@ -130,11 +131,11 @@ def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> No
     task = Finetuning(config, find_labelled(config.data, 0), CPU)
     precision = Precision("fp32", CPU)
     optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
-    schedule = build_schedule(config, task.steps_per_epoch)
+    schedule = build_schedule(config.optim, config.train, task.steps_per_epoch)
     state = TrainState(task.model, optimizer, precision.scaler)
     before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
     stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
-    values = stepper.step([next(iter(task.batches(0, 0)))])
+    values = stepper.step([next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
     assert values["loss"] > 0
     assert_initial_classifier(before, config.model.classifier_std)
     head = next(key for key in before if key.endswith(("fc.weight", "classifier.2.weight")))

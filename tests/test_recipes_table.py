@@ -28,7 +28,7 @@ def rows() -> list[list[str]]:
     for name in RECIPES:
         config = load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
         with torch.device("meta"):
-            groups = parameter_groups(model_of(config), full_rate)
+            groups = parameter_groups(model_of(config.model), full_rate)
         table.append(row(name, config, config.model.init, len(groups)))
     for name in FINETUNE_RECIPES:
         tuned = load_config(FINETUNE / f"{name}.yaml", ["weights=none", "data.root=imagenet"], schema=FinetuneConfig)
@@ -43,8 +43,8 @@ def rows() -> list[list[str]]:
 
 def row(name: str, config: AnyConfig, initial: str, groups: int) -> list[str]:
     optim = config.optim
-    each = count_steps_per_epoch(IMAGENET, config)
-    schedule = build_schedule(config, each)
+    each = count_steps_per_epoch(IMAGENET, config.data, config.train.batch_size)
+    schedule = build_schedule(config.optim, config.train, each)
     lamb = optim.lamb
     inner = [] if lamb.max_grad_norm is None else [f"clips at {lamb.max_grad_norm:g}"]
     if not lamb.bias_correction:

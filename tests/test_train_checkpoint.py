@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from child import Child
-from tiny_runs import SMALL, assert_equal, write_config, write_images
+from tiny_runs import SMALL, assert_equal, content_of, write_config, write_images
 from torch import nn
 
 from spark_me import build_model, cli
@@ -21,7 +21,6 @@ from spark_me.spark import SparK
 from spark_me.train import pretrain
 from spark_me.train.checkpoint import (
     TrainState,
-    checkpoint_of,
     checkpoint_path,
     checkpoint_size,
     config_of,
@@ -45,7 +44,13 @@ def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:
 
 
 def save(folder: Path, state: TrainState, keep_last: int = 3) -> Path:
-    content = checkpoint_of(state, CONFIG, task="pretrain", steps_per_epoch=10, data_fingerprint="4 files")
+    content = content_of(
+        state,
+        CONFIG,
+        task="pretrain",
+        steps_per_epoch=10,
+        data_fingerprint="4 files",
+    )
     return write_checkpoint(folder, content, keep_last=keep_last)
 
 
@@ -287,7 +292,14 @@ def test_size_is_known_before_the_first_step(tmp_path: Path, trained: TrainState
     untrained = checkpoint_size(make_state(), {})
     assert untrained == checkpoint_size(trained, {})
     assert untrained == pytest.approx(save(tmp_path, trained).stat().st_size, rel=0.02)
-    content = checkpoint_of(trained, CONFIG, task="finetune", steps_per_epoch=10, data_fingerprint="", entries=average)
+    content = content_of(
+        trained,
+        CONFIG,
+        task="finetune",
+        steps_per_epoch=10,
+        data_fingerprint="",
+        entries=average,
+    )
     (tmp_path / "averaged").mkdir()
     size = write_checkpoint(tmp_path / "averaged", content, keep_last=1).stat().st_size
     assert checkpoint_size(trained, average) == pytest.approx(size, rel=0.02)

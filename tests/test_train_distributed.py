@@ -13,8 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spark_me.config.loading import load_config
 from spark_me.data.datasets import Batch
 from spark_me.data.files import find_files
+from spark_me.data.sampler import Share
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
+from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import Precision
 from spark_me.train.pretrain import Pretraining, require_even_split
@@ -71,8 +73,10 @@ def take_steps(name: str, path: Path, *, alone: bool) -> tuple[list[float], floa
         optimizer = torch.optim.SGD(optimizer.param_groups, momentum=0.9)
     precision = Precision("fp32", CPU)
     state = TrainState(task.model, optimizer, precision.scaler)
-    stepper = Stepper(task, state, build_schedule(config, 1), precision, seed=0, clip_norm=5.0)
-    batches = iter(task.batches(0, 0))
+    stepper = Stepper(task, state, build_schedule(config.optim, config.train, 1), precision, seed=0, clip_norm=5.0)
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    share = Share(config.train.batch_size, STEPS, config.run.seed, accumulate=config.train.accumulate, **place)
+    batches = iter(task.batches(share, 0))
     losses = [stepper.step([next(batches) for _ in range(config.train.accumulate)])["loss"] for _ in range(STEPS)]
     weights = {key: value.clone() for key, value in task.model.state_dict().items()}
     task.model.float()

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import tiny_runs
 
 from spark_me.train import logs
 from spark_me.train.logs import RunLog, duration_text
-from spark_me.train.run_directory import RunDirectory
 
 
 class Clock:
@@ -28,7 +28,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def run(folder: Path, clock: Clock, *, seconds: float, steps: int, first_step: int = 0, print_every: int = 10) -> None:
     folder.mkdir(exist_ok=True)
     log = RunLog(
-        RunDirectory(folder),
+        tiny_runs.run_directory(folder),
         steps=steps,
         steps_per_epoch=40,
         first_step=first_step,

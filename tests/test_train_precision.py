@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import newest, write_config, write_images
+from tiny_runs import content_of, newest, write_config, write_images
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,7 +14,7 @@ from spark_me import build_model, cli
 from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import Batch
 from spark_me.errors import UserError
-from spark_me.train.checkpoint import TrainState, checkpoint_of, restore
+from spark_me.train.checkpoint import TrainState, restore
 from spark_me.train.distributed import Precision, device_of_process
 from spark_me.train.logs import read_metrics
 from spark_me.train.schedules import build_optimizer, build_schedule
@@ -50,7 +50,7 @@ def fp16_stepper(scale: float) -> Stepper:
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     optimizer = build_optimizer(task.model, config.optim)
     state = TrainState(task.model, optimizer, precision.scaler)
-    return Stepper(task, state, build_schedule(config, 10), precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
+    return Stepper(task, state, build_schedule(config.optim, config.train, 10), precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
 
 
 def batch(value: float = 2.0) -> list[Batch]:
@@ -86,7 +86,13 @@ def test_no_scale_mends_a_loss_that_is_not_finite() -> None:
 def test_scale_comes_back() -> None:
     stepper, other = fp16_stepper(2.0**40), fp16_stepper(2.0)
     stepper.step(batch())
-    content = checkpoint_of(stepper.state, PretrainConfig(), task="pretrain", steps_per_epoch=10, data_fingerprint="")
+    content = content_of(
+        stepper.state,
+        PretrainConfig(),
+        task="pretrain",
+        steps_per_epoch=10,
+        data_fingerprint="",
+    )
     restore(other.state, content, Path("step"))
     assert other.state.scaler.get_scale() == 2.0**39
 

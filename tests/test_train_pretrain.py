@@ -142,7 +142,8 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
     model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
     model.load_state_dict(weights(run))
     model.eval()
-    subjects = load_images([tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)], config)
+    photos = [tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)]
+    subjects = load_images(photos, config.data, config.model, config.run.seed)
     losses = []
     for mask in range(4):
         visible = draw_visible_of_samples(config.run.seed, mask, range(3), (2, 2), 0.6)

@@ -8,18 +8,18 @@ import torch
 from conftest import randomise
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny_runs import write_config, write_images
+from tiny_runs import content_of, write_config, write_images
 
 from spark_me import build_model, cli
 from spark_me.config.data import DataConfig
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import ModelConfig, PretrainConfig
-from spark_me.data.files import Files, find_files
+from spark_me.data.files import find_files
 from spark_me.data.loaders import held_out_dataset
 from spark_me.data.reading import Encoded
 from spark_me.masking import draw_visible_of_samples
 from spark_me.train import plots
-from spark_me.train.checkpoint import TrainState, checkpoint_of, list_checkpoints, write_checkpoint
+from spark_me.train.checkpoint import TrainState, list_checkpoints, write_checkpoint
 from spark_me.train.plots import HIDDEN_COLOUR, NODATA_COLOUR, UNPREDICTED_COLOUR, reconstruction_figure
 from spark_me.train.pretrain import pretrain
 from spark_me.train.reconstruct import draw_reconstruction, load_images, model_of, read_subjects
@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Path:
     model = randomise(build_model("resnet18", image_size=(64, 96), decoder_width=32))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState(model, build_optimizer(model, CONFIG.optim), scaler, step=1234)
-    content = checkpoint_of(state, CONFIG, task="pretrain", steps_per_epoch=1, data_fingerprint="")
+    content = content_of(state, CONFIG, task="pretrain", steps_per_epoch=1, data_fingerprint="")
     return write_checkpoint(tmp_path, content, keep_last=1)
 
 
@@ -121,12 +121,14 @@ def test_picture_against_the_files_themselves(
         encoder="resnet18", backend="native", image_size=[height, width], decoder_width=32, in_channels=channels
     )
     config = PretrainConfig(model=model_config, data=DataConfig(root="images", mean=mean, std=std, nodata=nodata))
-    model = randomise(model_of(config))
+    model = randomise(model_of(config.model))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
 
-    subjects = load_images(sorted(tmp_path.glob("*.npy")), config)
-    losses = draw_reconstruction(model, subjects, config, tmp_path / "a.png", step=7, seed=3)
+    subjects = load_images(sorted(tmp_path.glob("*.npy")), config.data, config.model, config.run.seed)
+    losses = draw_reconstruction(
+        model, subjects, config.data, tmp_path / "a.png", encoder=config.model.encoder, step=7, seed=3
+    )
 
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -184,19 +186,20 @@ def test_picture_against_the_files_themselves(
 
 def test_an_image_keeps_its_mask_beside_an_unreadable_one(tmp_path: Path, photo: Path, figures: list[Figure]) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    model = model_of(CONFIG)
+    model = model_of(CONFIG.model)
     losses = []
     for first in (photo, tmp_path / "bad.jpg"):
-        subjects, unreadable = read_subjects(held_out_dataset(Files([], [first, photo]), CONFIG), 2)
-        losses.append(draw_reconstruction(model, subjects, CONFIG, tmp_path / "a.png", step=0, seed=0))
+        subjects, unreadable = read_subjects(held_out_dataset([first, photo], CONFIG.data, CONFIG.model, seed=0), 2)
+        path = tmp_path / "a.png"
+        losses.append(draw_reconstruction(model, subjects, CONFIG.data, path, encoder="e", step=0, seed=0))
     assert len(losses[0]) == 2 and losses[0][1:] == pytest.approx(losses[1], rel=1e-4)
     assert [name for name, _ in unreadable] == [str(tmp_path / "bad.jpg")]
 
 
 def test_images_of_shards_are_named(tmp_path: Path, photo: Path, figures: list[Figure]) -> None:
     item = Encoded("shards/0001.tar/000123.jpg", photo.read_bytes())
-    subjects, _ = read_subjects(held_out_dataset(Files([], [item]), CONFIG), 1)
-    draw_reconstruction(model_of(CONFIG), subjects, CONFIG, tmp_path / "a.png", step=0, seed=0)
+    subjects, _ = read_subjects(held_out_dataset([item], CONFIG.data, CONFIG.model, seed=0), 1)
+    draw_reconstruction(model_of(CONFIG.model), subjects, CONFIG.data, tmp_path / "a.png", encoder="e", step=0, seed=0)
     assert "shards/0001.tar/000123.jpg" in [text.get_text() for text in figures[0].texts]
 
 
@@ -231,11 +234,11 @@ def test_bad_input_is_one_line(
 
 
 def test_model_keeps_its_mode(photo: Path, tmp_path: Path) -> None:
-    model = model_of(CONFIG)
-    subjects = load_images([photo], CONFIG)
+    model = model_of(CONFIG.model)
+    subjects = load_images([photo], CONFIG.data, CONFIG.model, CONFIG.run.seed)
     statistics = {name: value.clone() for name, value in model.named_buffers()}
     for training in (True, False):
         model.train(training)
-        draw_reconstruction(model, subjects, CONFIG, tmp_path / "a.png", step=0, seed=0)
+        draw_reconstruction(model, subjects, CONFIG.data, tmp_path / "a.png", encoder="e", step=0, seed=0)
         assert model.training is training
     assert all(torch.equal(value, statistics[name]) for name, value in model.named_buffers())

@@ -16,7 +16,6 @@ from spark_me.spark import SparK
 from spark_me.train import pretrain as pretraining
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.pretrain import Pretraining
-from spark_me.train.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def test_second_run_in_a_directory_is_refused(
     run = tmp_path / "run"
 
     def hold() -> None:
-        with RunDirectory(run).owned():
+        with tiny_runs.run_directory(run).owned():
             print("held")
             while not (tmp_path / "enough").exists():
                 time.sleep(0.01)
@@ -54,19 +53,19 @@ def test_second_run_in_a_directory_is_refused(
         (tmp_path / "enough").touch()
     assert other.wait() == (-signal.SIGKILL if end == "killed" else 0)
     assert run.exists() == (end == "killed")
-    with RunDirectory(run).owned():
+    with tiny_runs.run_directory(run).owned():
         assert (run / "lock").exists()
     assert not (run / "lock").exists()
 
 
 def test_children_of_a_run_do_not_keep_its_lock(tmp_path: Path) -> None:
     """As data workers, which outlive a killed run for some seconds."""
-    with RunDirectory(tmp_path / "run").owned():
+    with tiny_runs.run_directory(tmp_path / "run").owned():
         child = os.fork()
         if not child:
             signal.pause()
     try:
-        with RunDirectory(tmp_path / "run").owned():
+        with tiny_runs.run_directory(tmp_path / "run").owned():
             pass
     finally:
         os.kill(child, signal.SIGKILL)

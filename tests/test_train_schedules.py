@@ -59,13 +59,14 @@ def test_apply_sets_decay_in_decayed_groups_alone() -> None:
 
 def test_a_peak_of_its_own_does_not_depend_on_the_batch() -> None:
     config = PretrainConfig(optim=OptimConfig(base_lr=None, lr=7e-4))
-    assert build_schedule(config, steps_per_epoch=312).lr(40 * 312) == pytest.approx(7e-4)
-    assert describe_peak(config) == "lamb with peak lr 0.0007"
+    assert build_schedule(config.optim, config.train, steps_per_epoch=312).lr(40 * 312) == pytest.approx(7e-4)
+    assert describe_peak(config.optim, config.train.batch_size) == "lamb with peak lr 0.0007"
 
 
 def test_official_recipe() -> None:
     # The official code: 2e-4 · 4096 / 256 = 3.2e-3 at the peak, from 0.005 to 0.001 of it; ImageNet has 312 such steps.
-    schedule = build_schedule(PretrainConfig(), steps_per_epoch=312)
+    config = PretrainConfig()
+    schedule = build_schedule(config.optim, config.train, steps_per_epoch=312)
     assert schedule.lr(0) == pytest.approx(0.005 * 3.2e-3)
     assert schedule.lr(40 * 312) == pytest.approx(3.2e-3)
     assert schedule.lr(1600 * 312 - 1) == pytest.approx(0.001 * 3.2e-3)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from child import Child
-from tiny_runs import SMALL, assert_same_end, newest, write_config, write_images
+from tiny_runs import SMALL, assert_same_end, content_of, newest, write_config, write_images
 
 from spark_me import cli
 from spark_me.errors import UserError
@@ -167,7 +167,7 @@ def test_error_of_the_last_write_surfaces(tmp_path: Path) -> None:
 
 def test_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
     from spark_me.config.tasks import PretrainConfig
-    from spark_me.train.checkpoint import TrainState, checkpoint_of
+    from spark_me.train.checkpoint import TrainState
 
     layer = torch.nn.Linear(300, 300)
     optimizer = torch.optim.AdamW(layer.parameters())
@@ -175,7 +175,7 @@ def test_writer_keeps_what_it_was_given(tmp_path: Path) -> None:
     optimizer.step()
     state = TrainState(layer, optimizer, torch.amp.GradScaler("cpu", enabled=False), step=1)
     expected = layer.weight.detach().clone()
-    content = checkpoint_of(state, PretrainConfig(), task="pretrain", steps_per_epoch=1, data_fingerprint="")
+    content = content_of(state, PretrainConfig(), task="pretrain", steps_per_epoch=1, data_fingerprint="")
     optimizer.step()
     with checkpoint.CheckpointWriter(tmp_path, keep_last=1) as one:
         one.save(content, best=True)

@@ -10,8 +10,12 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from spark_me import register_encoder
-from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
+from spark_me.config.loading import to_yaml
+from spark_me.config.tasks import AnyConfig, PretrainConfig
+from spark_me.config.training import RunConfig
+from spark_me.train.checkpoint import TrainState, checkpoint_of, list_checkpoints, read_checkpoint
 from spark_me.train.logs import read_metrics
+from spark_me.train.run_directory import RunDirectory
 
 CONFIG = """
 model: {{encoder: {encoder}, backend: native, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
@@ -44,6 +48,16 @@ class SmallNetwork(nn.Module):
 
 
 register_encoder(SMALL, SmallNetwork)
+
+
+def run_directory(folder: Path) -> RunDirectory:
+    """That of a run of the default configuration."""
+    return RunDirectory(PretrainConfig(run=RunConfig(dir=str(folder))))
+
+
+def content_of(state: TrainState, config: AnyConfig, **options: Any) -> dict[str, Any]:
+    """A checkpoint's content, of a run of this configuration."""
+    return checkpoint_of(state, config=to_yaml(config), batch_size=config.train.batch_size, **options)
 
 
 def write_images(folder: Path, number: int = 10) -> Path:

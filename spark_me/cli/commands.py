@@ -162,10 +162,8 @@ def add_finetune(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind; default 3")
     parser.set_defaults(run=_compare, group="train")
     parser = commands.add_parser("evaluate", help="accuracy of a classifier on labelled images")
-    add_configuration(parser, "finetune", "for example configs/finetune/small.yaml data.root=/path/to/imagenet")
-    parser.add_argument(
-        "--weights", required=True, metavar="W", help="a fine-tuning checkpoint, a published name, a path or URL"
-    )
+    add_configuration(parser, "finetune", "weights=W: a fine-tuning checkpoint, a published name, a path or URL")
+    parser.add_argument("--weights", metavar="W", help="the same as weights=W")
     parser.add_argument("--raw", action="store_true", help="a checkpoint's weights, not their moving average")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--out", type=Path, metavar="DIR", help="draw the confusion matrix there, confusion.png")
@@ -192,13 +190,15 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from spark_me.config.loading import load_config
-    from spark_me.config.tasks import FinetuneConfig
+    from spark_me.config.tasks import SCRATCH, FinetuneConfig
 
-    # What a run would start from does not matter here.
-    config = load_config(args.config, args.overrides, unchecked=("weights",), schema=FinetuneConfig)
+    overrides = args.overrides if args.weights is None else [*args.overrides, f"weights={args.weights}"]
+    config = load_config(args.config, overrides, unchecked=("weights",), schema=FinetuneConfig)
+    if config.weights in ("", SCRATCH):
+        raise UserError("no weights: name the classifier to measure, for example weights=runs/mine/checkpoints/best.pt")
     from spark_me.downstream.evaluate import evaluate
 
-    evaluate(config, args.weights, raw=args.raw, json_file=args.json, out=args.out)
+    evaluate(config, raw=args.raw, json_file=args.json, out=args.out)
 
 
 def add_inference(commands: argparse._SubParsersAction) -> None:

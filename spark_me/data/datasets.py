@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from spark_me.config.tasks import FinetuneConfig
 from spark_me.data.class_folders import Labelled
 from spark_me.data.reading import Encoded, Item, Items, Picture, read_image
 from spark_me.data.sampler import CROP, seed_of
-from spark_me.data.transforms import Crop, LabelledTransform, centre_crop
+from spark_me.data.transforms import Crop, LabelledTransform
 from spark_me.data.unreadable import UnreadableImage
 
 
@@ -226,14 +225,3 @@ class CachingReader(Reader):
         if name not in self._pictures:
             self._pictures[name] = super().read(item)
         return self._pictures[name]
-
-
-def held_out_labelled(images: Labelled, config: FinetuneConfig) -> LabelledTestDataset:
-    """Labelled images under the test crop of a configuration."""
-    return LabelledTestDataset(images, labelled_reader(centre_crop(config.data, config.model.in_channels), config))
-
-
-def labelled_reader(transform: LabelledTransform, config: FinetuneConfig) -> Reader:
-    """Reads as the configuration says, in memory or from the disk."""
-    reader = CachingReader if config.data.cache else Reader
-    return reader(transform, seed=config.run.seed, channels=config.model.in_channels)

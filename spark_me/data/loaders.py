@@ -2,7 +2,7 @@
 
 import re
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -10,25 +10,33 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from spark_me.config.data import DataConfig
-from spark_me.config.tasks import AnyConfig, FinetuneConfig, PretrainConfig
+from spark_me.config.data import DataConfig, FinetuneDataConfig
+from spark_me.config.tasks import ModelConfig
 from spark_me.data.class_folders import Labelled
 from spark_me.data.datasets import (
+    CachingReader,
     HeldOutDataset,
+    LabelledTestDataset,
     LabelledTrainDataset,
     Reader,
     Sample,
     StreamDataset,
     TrainDataset,
     collate,
-    labelled_reader,
 )
-from spark_me.data.files import Files, evenly_spaced
+from spark_me.data.files import evenly_spaced
 from spark_me.data.reading import Encoded, Item, Items
-from spark_me.data.sampler import StepSampler
+from spark_me.data.sampler import Share, StepSampler
 from spark_me.data.shards import Shards
 from spark_me.data.streams import ShardSampler
-from spark_me.data.transforms import Transform, augmentation, held_out_transform, train_transform
+from spark_me.data.transforms import (
+    LabelledTransform,
+    Transform,
+    augmentation,
+    centre_crop,
+    held_out_transform,
+    train_transform,
+)
 from spark_me.errors import UserError, shown
 from spark_me.networks import patch_size_of
 
@@ -120,78 +128,62 @@ def _as_it_is(value: T) -> T:
     return value
 
 
+def train_reader(data: DataConfig, model: ModelConfig, seed: int) -> Reader:
+    """Draws the crops that a model is pretrained on."""
+    return _reader(train_transform, data, model, seed)
+
+
+def held_out_dataset(images: Items, data: DataConfig, model: ModelConfig, seed: int) -> HeldOutDataset:
+    """Images cropped to their centre."""
+    return HeldOutDataset(images, _reader(held_out_transform, data, model, seed))
+
+
+def _reader(transform: Callable[..., Transform], data: DataConfig, model: ModelConfig, seed: int) -> Reader:
+    crop = transform(data, model.image_size, model.in_channels, patch_size_of(model.encoder))
+    return Reader(crop, seed=seed, channels=model.in_channels, nodata=data.nodata)
+
+
+def labelled_train_reader(data: FinetuneDataConfig, channels: int, seed: int) -> Reader:
+    """Draws the crops that a classifier is trained on."""
+    return _labelled_reader(augmentation(data, channels), data, channels, seed)
+
+
+def labelled_test_dataset(images: Labelled, data: FinetuneDataConfig, channels: int, seed: int) -> LabelledTestDataset:
+    """Labelled images under the test crop."""
+    return LabelledTestDataset(images, _labelled_reader(centre_crop(data, channels), data, channels, seed))
+
+
+def _labelled_reader(transform: LabelledTransform, data: FinetuneDataConfig, channels: int, seed: int) -> Reader:
+    reader = CachingReader if data.cache else Reader
+    return reader(transform, seed=seed, channels=channels)
+
+
 def train_loader(
-    files: Files,
-    config: PretrainConfig,
-    *,
-    first_step: int,
-    steps: int,
-    most_unreadable: int,
-    rank: int,
-    world_size: int,
-    pin_memory: bool,
+    images: Items | Shards, reader: Reader, data: DataConfig, share: Share, *, most_unreadable: int, pin_memory: bool
 ) -> DataLoader[Any]:
-    """`Batch`es from `first_step` to the last of the run's `steps`: this process's share, in micro-batches."""
-    reader = _reader(config, train_transform)
-    order = _order(config, first_step, rank, world_size)
-    size, data = config.train.batch_size, config.data
-    if isinstance(files.train, Shards):
-        stream = ShardSampler(files.train, size, steps, repeats=data.repeats, buffer=data.shuffle_buffer, **order)
+    """`Batch`es of crops of unlabelled images: a process's share of a run, in micro-batches."""
+    if isinstance(images, Shards):
+        stream = ShardSampler(images, share, repeats=data.repeats, buffer=data.shuffle_buffer)
         return _loader(StreamDataset(reader), stream, data.workers, pin_memory)
-    dataset = TrainDataset(files.train, reader, repeats=data.repeats, most_unreadable=most_unreadable)
-    return _loader(dataset, StepSampler(len(dataset), size, steps, **order), data.workers, pin_memory)
+    dataset = TrainDataset(images, reader, repeats=data.repeats, most_unreadable=most_unreadable)
+    return _loader(dataset, StepSampler(len(dataset), share), data.workers, pin_memory)
 
 
 def labelled_train_loader(
-    images: Labelled,
-    config: FinetuneConfig,
-    *,
-    first_step: int,
-    steps: int,
-    most_unreadable: int,
-    rank: int,
-    world_size: int,
-    pin_memory: bool,
+    images: Labelled, reader: Reader, data: FinetuneDataConfig, share: Share, *, most_unreadable: int, pin_memory: bool
 ) -> DataLoader[Any]:
     """The same, with labels."""
-    data = config.data
-    reader = labelled_reader(augmentation(data, config.model.in_channels), config)
     dataset = LabelledTrainDataset(images, reader, repeats=data.repeats, most_unreadable=most_unreadable)
-    order = _order(config, first_step, rank, world_size)
-    sampler = StepSampler(len(dataset), config.train.batch_size, steps, copies=data.repeated_augmentation, **order)
+    sampler = StepSampler(len(dataset), share, copies=data.repeated_augmentation)
     return _loader(dataset, sampler, data.workers, pin_memory)
 
 
-def held_out_dataset(files: Files, config: PretrainConfig) -> HeldOutDataset:
-    """The held-out images, cropped to their centre."""
-    return HeldOutDataset(files.held_out, _reader(config, held_out_transform))
-
-
 def held_out_loader(
-    dataset: HeldOutDataset, config: AnyConfig, *, pin_memory: bool, rank: int = 0, world_size: int = 1
+    dataset: HeldOutDataset, batch_size: int, workers: int, *, pin_memory: bool, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
-    """`Batch`es of this process's share of the held-out images, as large as in training, the last one smaller."""
-    batch_size = max(1, config.train.batch_size // (world_size * config.train.accumulate))
+    """`Batch`es of this process's share of the held-out images, the last one smaller."""
     sampler = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
-    return _loader(dataset, sampler, config.data.workers, pin_memory)
-
-
-def _order(config: AnyConfig, first_step: int, rank: int, world_size: int) -> dict[str, Any]:
-    """What decides which samples a process gets at each step, whichever sampler hands them out."""
-    return {
-        "seed": config.run.seed,
-        "first_step": first_step,
-        "rank": rank,
-        "world_size": world_size,
-        "accumulate": config.train.accumulate,
-        "drop_last": config.data.drop_last,
-    }
-
-
-def _reader(config: PretrainConfig, transform: Callable[[DataConfig, Sequence[int], int, int], Transform]) -> Reader:
-    data, channels = config.data, config.model.in_channels
-    crop = transform(data, config.model.image_size, channels, patch_size_of(config.model.encoder))
-    return Reader(crop, seed=config.run.seed, channels=channels, nodata=data.nodata)
+    return _loader(dataset, sampler, workers, pin_memory)
 
 
 def _loader(dataset: Dataset[Sample], sampler: Sampler[Any], workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -1,6 +1,7 @@
 """Which samples each step sees, and which random numbers: functions of seed and step, so a run resumes anywhere."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +34,32 @@ def steps_of_epoch(samples: int, batch_size: int, *, drop_last: bool) -> int:
     return samples // batch_size if drop_last else -(-samples // batch_size)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which samples of a run a process gets, whichever sampler hands them out."""
+
+    batch_size: int
+    """Samples in a step over all processes; a multiple of `world_size` · `accumulate`."""
+    steps: int
+    """Length of the run."""
+    seed: int
+    """The run's."""
+    first_step: int = 0
+    """Where to begin; steps done before."""
+    rank: int = 0
+    """This process, which gets its share of each batch."""
+    world_size: int = 1
+    """Number of processes."""
+    accumulate: int = 1
+    """Micro-batches that a process's share of a step comes in."""
+    drop_last: bool = True
+    """Whether an epoch's last batch is left out where it is not full, or else filled up."""
+
+    def __len__(self) -> int:
+        """Number of micro-batches."""
+        return (self.steps - self.first_step) * self.accumulate
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Micro-batches of (epoch, index) from one step to the last of the run, running over the ends of epochs.
 
@@ -41,61 +68,35 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     so that it sees fewer of them.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        steps: int,
-        *,
-        seed: int,
-        first_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        copies: int = 1,
-        drop_last: bool = True,
-    ) -> None:
+    def __init__(self, samples: int, share: Share, *, copies: int = 1) -> None:
         """
         Args:
-            samples: samples in an epoch, at least `batch_size`.
-            batch_size: samples in a step over all processes; a multiple of `world_size` · `accumulate`.
-            steps: length of the run.
-            seed: the run's seed.
-            first_step: where to begin; steps done before.
-            rank: this process, which gets its share of each batch.
-            world_size: number of processes.
-            accumulate: micro-batches that a process's share of a step comes in.
+            samples: samples in an epoch, at least the share's `batch_size`.
+            share: this process's.
             copies: how often a sample comes, the k-th time (from 0) as the index k · samples + sample.
-            drop_last: whether an epoch's last batch is left out where it is not full, or else filled up.
         """
         self.samples = samples
-        self.batch_size = batch_size
-        self.steps_per_epoch = steps_of_epoch(samples, batch_size, drop_last=drop_last)
-        self.steps = steps
-        self.seed = seed
-        self.first_step = first_step
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
+        self.share = share
+        self.steps_per_epoch = steps_of_epoch(samples, share.batch_size, drop_last=share.drop_last)
         self.copies = copies
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.accumulate
+        return len(self.share)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order: list[int] = []
-        for step in range(self.first_step, self.steps):
+        share, order = self.share, list[int]()
+        for step in range(share.first_step, share.steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if not order or batch == 0:
                 order = self._order(epoch)
-            start = batch * self.batch_size
-            share = order[start + self.rank : start + self.batch_size : self.world_size]
-            for part in range(self.accumulate):
-                yield [(epoch, index) for index in share[part :: self.accumulate]]
+            start = batch * share.batch_size
+            own = order[start + share.rank : start + share.batch_size : share.world_size]
+            for part in range(share.accumulate):
+                yield [(epoch, index) for index in own[part :: share.accumulate]]
 
     def _order(self, epoch: int) -> list[int]:
-        order = torch.randperm(self.samples, generator=generator_of(ORDER, self.seed, epoch)).tolist()
+        order = torch.randperm(self.samples, generator=generator_of(ORDER, self.share.seed, epoch)).tolist()
         order = [index + copy * self.samples for index in order for copy in range(self.copies)][: self.samples]
         # One copy more than there are: another crop and another mask of the same image.
-        missing = max(0, self.steps_per_epoch * self.batch_size - self.samples)
+        missing = max(0, self.steps_per_epoch * self.share.batch_size - self.samples)
         return order + [index + self.copies * self.samples for index in order[:missing]]

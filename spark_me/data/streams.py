@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from spark_me.data.reading import Encoded
-from spark_me.data.sampler import ORDER, SHUFFLE, generator_of, seed_of, steps_of_epoch
+from spark_me.data.sampler import ORDER, SHUFFLE, Share, generator_of, seed_of, steps_of_epoch
 from spark_me.data.shards import Shards
 from spark_me.errors import UserError
 
@@ -30,81 +30,57 @@ class ShardSampler(Sampler[list[Key]]):
     again. A sample's index is made of the pass, its shard's place and its place in the shard, whenever it is read.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        batch_size: int,
-        steps: int,
-        *,
-        repeats: int,
-        buffer: int,
-        seed: int,
-        first_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        drop_last: bool = True,
-    ) -> None:
+    def __init__(self, shards: Shards, share: Share, *, repeats: int, buffer: int) -> None:
         """
         Args:
-            shards: at least `world_size`.
-            batch_size: images in a step over all processes; a multiple of `world_size` · `accumulate`.
-            steps: length of the run.
+            shards: at least as many as processes.
+            share: this process's; the images of the epoch's steps before its first are read again and dropped.
             repeats: passes over the shards that make one epoch.
             buffer: images that the next one is drawn from.
-            seed: the run's seed.
-            first_step: where to begin; the images of the epoch's earlier steps are read again and dropped.
-            rank: this process.
-            world_size: number of processes.
-            accumulate: micro-batches that a process's share of a step comes in.
-            drop_last: whether an epoch's last batch is left out where the images do not fill it.
 
         Raises:
             UserError: if there are fewer shards than processes.
         """
-        if len(shards.urls) < world_size:
+        if len(shards.urls) < share.world_size:
             raise UserError(
-                f"data.root: {len(shards.urls)} shards cannot be split over {world_size} processes: start fewer, or "
-                "make more and smaller shards"
+                f"data.root: {len(shards.urls)} shards cannot be split over {share.world_size} processes: start fewer, "
+                "or make more and smaller shards"
             )
         self.shards = shards
-        self.share = batch_size // world_size
-        self.steps_per_epoch = steps_of_epoch(len(shards) * repeats, batch_size, drop_last=drop_last)
-        self.steps = steps
+        self.share = share
+        self.images = share.batch_size // share.world_size
+        """Of a step, in this process."""
+        self.steps_per_epoch = steps_of_epoch(len(shards) * repeats, share.batch_size, drop_last=share.drop_last)
         self.buffer = buffer
-        self.seed = seed
-        self.first_step = first_step
-        self.rank = rank
-        self.world_size = world_size
-        self.accumulate = accumulate
 
     def __len__(self) -> int:
-        return (self.steps - self.first_step) * self.accumulate
+        return len(self.share)
 
     def __iter__(self) -> Iterator[list[Key]]:
         return read_ahead(self._batches(), BATCHES_AHEAD)
 
     def _batches(self) -> Iterator[list[Key]]:
-        epoch, skipped = divmod(self.first_step, self.steps_per_epoch)
-        for step in range(self.first_step, self.steps):
-            if step == self.first_step or step % self.steps_per_epoch == 0:
+        share = self.share
+        epoch, skipped = divmod(share.first_step, self.steps_per_epoch)
+        for step in range(share.first_step, share.steps):
+            if step == share.first_step or step % self.steps_per_epoch == 0:
                 epoch = step // self.steps_per_epoch
                 images = self._shuffled(epoch)
-                if skipped and self.rank == 0:
-                    print(f"reading past {skipped * self.share} images of epoch {epoch + 1} to where the run was")
+                if skipped and share.rank == 0:
+                    print(f"reading past {skipped * self.images} images of epoch {epoch + 1} to where the run was")
                 # The buffer's content depends on all that came before.
-                next(islice(images, skipped * self.share, skipped * self.share), None)
+                next(islice(images, skipped * self.images, skipped * self.images), None)
                 skipped = 0
-            for _ in range(self.accumulate):
-                yield [(epoch, index, image) for index, image in islice(images, self.share // self.accumulate)]
+            for _ in range(share.accumulate):
+                yield [(epoch, index, image) for index, image in islice(images, self.images // share.accumulate)]
 
     def _shuffled(self, epoch: int) -> Iterator[tuple[int, Encoded]]:
         """Endless (index, image) of an epoch."""
         from webdataset import shuffle
 
-        order = torch.randperm(len(self.shards.urls), generator=generator_of(ORDER, self.seed, epoch)).tolist()
-        own = order[self.rank :: self.world_size]
-        draws = random.Random(seed_of(SHUFFLE, self.seed, epoch, self.rank))
+        order = torch.randperm(len(self.shards.urls), generator=generator_of(ORDER, self.share.seed, epoch)).tolist()
+        own = order[self.share.rank :: self.share.world_size]
+        draws = random.Random(seed_of(SHUFFLE, self.share.seed, epoch, self.share.rank))
         for number in count():
             empty = True
             for image in shuffle(self.buffer, initial=self.buffer, rng=draws)(self._in_order(own, number)):

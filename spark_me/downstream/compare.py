@@ -213,14 +213,15 @@ def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> N
     """
     _check(config, fractions, seeds)
     weights = locate(config.weights, "weights=")
-    settle_images(config, config.weights, "weights=")
+    settle_images(config.data, config.model.in_channels, config.weights, "weights=")
     with distributed.raise_together():
         comparison = Comparison(Path(config.run.dir), config, weights)
         all_images = find_labelled(config.data, config.run.seed).train
     for fraction, seed, start in _trials(config, fractions, seeds):
         trial = comparison.find(start, fraction, seed)
+        own = _config_of(config, start, fraction, seed)
         if trial is None:
-            top1 = _run(_config_of(config, start, fraction, seed))
+            top1 = _run(own)
             if top1 is None:
                 if distributed.is_main():
                     print("stopped as asked: repeat the command to go on")
@@ -229,7 +230,7 @@ def compare(config: FinetuneConfig, fractions: Sequence[float], seeds: int) -> N
             if distributed.is_main():
                 comparison.add(trial)
         if distributed.is_main():
-            shutil.rmtree(RunDirectory(_folder(config, start, fraction, seed)).checkpoints, ignore_errors=True)
+            shutil.rmtree(RunDirectory(own).checkpoints, ignore_errors=True)
             labels = f"{100 * fraction:.4g} % of the labels ({trial.images} images)"
             print(f"{labels}, seed {seed}, {start}: top-1 {trial.top1:.2%}", flush=True)
     if distributed.is_main():
@@ -263,17 +264,13 @@ def _config_of(config: FinetuneConfig, start: str, fraction: float, seed: int) -
     own.weights = config.weights if start == PRETRAINED else SCRATCH
     own.data.fraction = fraction
     own.run.seed = seed
-    own.run.dir = str(_folder(config, start, fraction, seed))
+    own.run.dir = str(Path(config.run.dir) / f"{start}_{fraction:g}_seed{seed}")
     return own
-
-
-def _folder(config: FinetuneConfig, start: str, fraction: float, seed: int) -> Path:
-    return Path(config.run.dir) / f"{start}_{fraction:g}_seed{seed}"
 
 
 def _run(config: FinetuneConfig) -> float | None:
     """Top-1 of one run, what it says in its own output.txt; None if it was asked to stop."""
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory(config)
     with _quiet(run.path):
         complete = finetune(config)
     if not complete:

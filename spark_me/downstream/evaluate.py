@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from spark_me.config.tasks import FinetuneConfig
+from spark_me.config.tasks import FinetuneConfig, FinetuneModelConfig
 from spark_me.data.class_folders import find_val
-from spark_me.data.datasets import Batch, held_out_labelled
-from spark_me.data.loaders import held_out_loader
+from spark_me.data.datasets import Batch
+from spark_me.data.loaders import held_out_loader, labelled_test_dataset
 from spark_me.downstream.classifier import read_model
 from spark_me.errors import UserError, printable, shown
 from spark_me.files import atomic_write, check_output, check_output_folder, write_json, writing
@@ -125,11 +125,11 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
 LISTED = 5
 
 
-def load_classifier(config: FinetuneConfig, weights: str, classes: list[str], *, raw: bool) -> nn.Module:
+def load_classifier(model: FinetuneModelConfig, weights: str, classes: list[str], *, raw: bool) -> nn.Module:
     """The network of a configuration with a classifier's weights, in evaluation mode.
 
     Args:
-        config: names the encoder.
+        model: names the encoder.
         weights: a checkpoint, a published name, a path or URL.
         classes: of the images.
         raw: take a checkpoint's weights themselves, not their moving average.
@@ -138,7 +138,7 @@ def load_classifier(config: FinetuneConfig, weights: str, classes: list[str], *,
         UserError: if they are of another encoder or of other classes, or have no classifier.
     """
     file = read_model(weights, raw=raw)
-    held, model = file.weights.encoder, config.model
+    held = file.weights.encoder
     if (held, file.in_channels) != (model.encoder, model.in_channels):
         raise UserError(
             f"{weights}: is a {held} of {file.in_channels} channels, the configuration's a {model.encoder} of "
@@ -180,14 +180,14 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    config: FinetuneConfig, weights: str, *, raw: bool = False, json_file: Path | None = None, out: Path | None = None
+    config: FinetuneConfig, *, raw: bool = False, json_file: Path | None = None, out: Path | None = None
 ) -> Evaluation:
     """Measure a classifier under the test crop of a configuration, and print the result.
 
     Args:
-        config: names the encoder and the validation images; what it leaves open of them is filled in
+        config: names the encoder, its weights (a fine-tuning checkpoint, or a published name, path or URL of any known
+            layout with a classifier) and the validation images; what it leaves open of them is filled in
             (`settle_images`).
-        weights: a fine-tuning checkpoint, or a published name, path or URL of any known layout with a classifier.
         raw: take a checkpoint's weights themselves, not their moving average.
         json_file: where all figures are written.
         out: folder for confusion.png.
@@ -195,19 +195,23 @@ def evaluate(
     Raises:
         UserError: if the weights do not fit encoder or classes, or images are missing or unreadable.
     """
+    weights = config.weights
     check_output(json_file, weights)
     if out is not None:
         check_output_folder(out)
-    settle_images(config, weights, "--weights ")
-    images, classes = find_val(config.data)
-    network = load_classifier(config, weights, classes, raw=raw)
+    data, channels = config.data, config.model.in_channels
+    settle_images(data, channels, weights, "weights=")
+    images, classes = find_val(data)
+    network = load_classifier(config.model, weights, classes, raw=raw)
     device = device_of_process(config.run.device)
     precision = Precision(config.train.precision, device)
-    batches = held_out_loader(held_out_labelled(images, config), config, pin_memory=device.type == "cuda")
+    dataset = labelled_test_dataset(images, data, channels, config.run.seed)
+    size = max(1, config.train.batch_size // config.train.accumulate)
+    batches = held_out_loader(dataset, size, data.workers, pin_memory=device.type == "cuda")
     watched = tqdm(batches, desc="evaluating", unit="batch", disable=None)
     with precision.products():
         own, unreadable = predict_all({"": network.to(device)}, watched, device, precision.autocast)
-    _require_most(unreadable, len(images.paths), config.data.max_unreadable)
+    _require_most(unreadable, len(images.paths), data.max_unreadable)
     result = _summary(f"{weights} (raw weights)" if raw else weights, classes, own[""], unreadable)
     _print(result)
     if json_file is not None:

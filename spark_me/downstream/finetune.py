@@ -11,11 +11,17 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from spark_me.config.tasks import FinetuneConfig, FinetuneTrainConfig
+from spark_me.config.tasks import FinetuneConfig, FinetuneModelConfig, FinetuneTrainConfig
 from spark_me.data.class_folders import LabelledFiles, find_labelled
-from spark_me.data.datasets import Batch, held_out_labelled
+from spark_me.data.datasets import Batch
 from spark_me.data.files import fingerprint
-from spark_me.data.loaders import held_out_loader, labelled_train_loader
+from spark_me.data.loaders import (
+    held_out_loader,
+    labelled_test_dataset,
+    labelled_train_loader,
+    labelled_train_reader,
+)
+from spark_me.data.sampler import Share
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.dense import build_network, classifier_of
 from spark_me.devices import copy_to
@@ -25,14 +31,14 @@ from spark_me.errors import UserError, printable
 from spark_me.files import atomic_write
 from spark_me.sync_batch_norm import convert_sync_batchnorm
 from spark_me.train import distributed
-from spark_me.train.checkpoint import BEST, FINETUNE, checkpoint_path
+from spark_me.train.checkpoint import BEST, FINETUNE
 from spark_me.train.distributed import device_of_process, note_unreadable
-from spark_me.train.logs import batch_text, command_text, length_text, quoted, read_metrics, say_stopped
+from spark_me.train.logs import command_text, place_text, quoted, read_metrics, say_start, say_stopped, size_text
 from spark_me.train.plots import HELD_OUT_COLOUR, TRAIN_COLOUR, smooth
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.schedules import Schedule, count_steps, count_steps_per_epoch, describe_peak
+from spark_me.train.schedules import Schedule, count_steps_per_epoch
 from spark_me.train.starting_weights import settle_images, start_from
-from spark_me.train.step import Inputs, require_even_split
+from spark_me.train.step import Inputs, split_batch
 from spark_me.train.trainer import Trainer
 
 
@@ -109,31 +115,28 @@ class Finetuning:
         Raises:
             UserError: if the batch does not fit the number of images or of processes, or a package is missing.
         """
+        data, train, seed = config.data, config.train, config.run.seed
         self.config = config
         self.images = files
         self.device = device
         self.classes = files.classes
         self.files = len(files.train.paths) + len(files.val.paths)
         self.data_fingerprint = fingerprint(files.train.paths)
-        self.steps_per_epoch = count_steps_per_epoch(len(files.train.paths), config)
-        require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
-        self.model = _build_network(config, len(files.classes), device)
-        self.ema = _average_of(self.model, config.train.ema)
+        self.steps_per_epoch = count_steps_per_epoch(len(files.train.paths), data, train.batch_size)
+        self.micro_batch = split_batch(train.batch_size, distributed.world_size(), train.accumulate)
+        self.model = _build_network(config.model, len(files.classes), seed, device)
+        self.ema = _average_of(self.model, train.ema)
         self.best_by = "held_out_top1" if self.ema is None else "held_out_ema_top1"
-        self.targets = SoftTargets(config.train, len(files.classes))
+        self.targets = SoftTargets(train, len(files.classes))
         self.lr_scale = LayerDecay(self.model, config.optim.layer_decay).scale
-        self.held_out = held_out_labelled(files.val, config)
+        self.held_out = labelled_test_dataset(files.val, data, config.model.in_channels, seed)
 
-    def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
+    def batches(self, share: Share, most_unreadable: int) -> Iterable[Batch]:
+        data = self.config.data
+        reader = labelled_train_reader(data, self.config.model.in_channels, share.seed)
+        pin_memory = self.device.type == "cuda"
         return labelled_train_loader(
-            self.images.train,
-            self.config,
-            first_step=first_step,
-            steps=count_steps(self.config, self.steps_per_epoch),
-            most_unreadable=most_unreadable,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            pin_memory=self.device.type == "cuda",
+            self.images.train, reader, data, share, most_unreadable=most_unreadable, pin_memory=pin_memory
         )
 
     def image_names(self, indices: Sequence[int]) -> list[str]:
@@ -156,7 +159,8 @@ class Finetuning:
         """Loss, top-1 and top-5 on the validation images, of the weights and of their average."""
         batches = held_out_loader(
             self.held_out,
-            self.config,
+            self.micro_batch,
+            self.config.data.workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             pin_memory=self.device.type == "cuda",
@@ -197,13 +201,12 @@ class Finetuning:
             self.ema.n_averaged.fill_(content["step"])
 
 
-def _build_network(config: FinetuneConfig, classes: int, device: torch.device) -> nn.Module:
-    torch.manual_seed(config.run.seed)
-    model = config.model
+def _build_network(model: FinetuneModelConfig, classes: int, seed: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(seed)
     network = build_network(model.encoder, classes, model.in_channels, model.drop_path)
-    if config.model.classifier_std is not None:
+    if model.classifier_std is not None:
         classifier: Any = classifier_of(network)
-        nn.init.normal_(classifier.weight, std=config.model.classifier_std)
+        nn.init.normal_(classifier.weight, std=model.classifier_std)
         nn.init.zeros_(classifier.bias)
     network.to(device)
     if distributed.world_size() > 1:
@@ -218,28 +221,19 @@ def _average_of(network: nn.Module, decay: float | None) -> AveragedModel | None
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def say_beginning(task: Finetuning, schedule: Schedule, start: str, steps_done: int) -> None:
-    """What is trained on what, and from where."""
+def say_beginning(task: Finetuning, run: RunDirectory, schedule: Schedule, start: str, steps: int) -> None:
+    """What is trained on what, and from where, with so many steps done."""
     config, images = task.config, task.images
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
-    processes = distributed.world_size()
-    where = str(task.device) if processes == 1 else f"{processes} processes ({task.device.type})"
     print(
         f"{config.model.encoder} ({parameters / 1e6:.2f} M parameters), {len(task.classes)} classes, "
-        f"{config.data.train_crop}×{config.data.train_crop}, {config.train.precision} on {where}"
+        f"{config.data.train_crop}×{config.data.train_crop}, {config.train.precision} on {place_text(task.device)}"
     )
     print(
         f"{len(images.train.paths)} training images (× {config.data.repeats} crops an epoch), {len(images.val.paths)} "
-        f"to validate on; {length_text(config, schedule)} of {batch_text(config, processes)}, "
-        f"{describe_peak(config)}, layer decay {config.optim.layer_decay}"
+        f"to validate on; {size_text(config.train, schedule, config.optim)}, layer decay {config.optim.layer_decay}"
     )
-    start = printable(start)
-    if steps_done == 0:
-        print(f"starting from {start} in {printable(config.run.dir)}")
-    elif steps_done < schedule.steps:
-        print(f"going on from {start}, {steps_done} steps done")
-    else:
-        print(f"this run is complete: {start} is its last step (for another, choose another run.dir)")
+    say_start(start, run, steps, schedule.steps)
 
 
 def say_end(task: Finetuning, run: RunDirectory) -> None:
@@ -255,7 +249,7 @@ def say_end(task: Finetuning, run: RunDirectory) -> None:
     print(f"look at   {printable(str(run.loss_plot))}")
     print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
     weights, folder = quoted(run.checkpoints / BEST), quoted(run.path)
-    print(f"next      {command_text('spark-me')} evaluate {quoted(run.config)} --weights {weights} --out {folder}")
+    print(f"next      {command_text('spark-me')} evaluate {quoted(run.config_file)} weights={weights} --out {folder}")
     print(f"or        {command_text('spark-me')} predict {weights} YOUR_PHOTO.jpg")
 
 
@@ -273,30 +267,30 @@ def finetune(config: FinetuneConfig) -> bool:
         UserError: for anything in the configuration, the data, the weights or the directory that stands in the way.
         SystemExit: on processes besides the main one, in its place.
     """
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory(config)
     with run.owned():
         return _finetune(config, run)
 
 
 def _finetune(config: FinetuneConfig, run: RunDirectory) -> bool:
-    settle_images(config, config.weights, "weights=", run)
+    settle_images(config.data, config.model.in_channels, config.weights, "weights=", run)
     with distributed.raise_together():
         if distributed.is_main():
-            run.check(config)
+            run.check()
         device = device_of_process(config.run.device)
         task = Finetuning(config, find_labelled(config.data, config.run.seed), device)
-        trainer = Trainer(task, config, run, device)
+        trainer = Trainer(task, run, device)
     resumed_from = trainer.resume()
-    start = resumed_from or start_from(task.model, config)
+    start = resumed_from or start_from(config.weights, task.model, config.model)
     with distributed.raise_together():
         if distributed.is_main():
             space = trainer.require_space()
-            say_beginning(task, trainer.schedule, start, trainer.state.step)
+            say_beginning(task, run, trainer.schedule, start, trainer.state.step)
             print(space, flush=True)
     complete = trainer.train()
     if distributed.is_main():
         if complete:
             say_end(task, run)
         else:
-            say_stopped(config, trainer.state.step, checkpoint_path(run.checkpoints, trainer.state.step))
+            say_stopped(run, trainer.state.step)
     return complete

@@ -19,8 +19,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 import spark_me
-from spark_me.config.loading import parse_config, to_yaml
-from spark_me.config.tasks import AnyConfig, PretrainConfig
+from spark_me.config.loading import parse_config
+from spark_me.config.tasks import PretrainConfig
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
 from spark_me.weights.files import require_sound, require_weights
@@ -64,29 +64,37 @@ class TrainState:
 
 def checkpoint_of(
     state: TrainState,
-    config: AnyConfig,
     *,
     task: str,
+    config: str,
+    batch_size: int,
     steps_per_epoch: int,
     data_fingerprint: str,
     entries: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What a checkpoint holds; its tensors are copies on the CPU, so that training may go on while it is written.
 
-    `entries` are the task's own.
+    Args:
+        state: what training changes.
+        task: its name.
+        config: the run's configuration, as YAML.
+        batch_size: images in a step.
+        steps_per_epoch: batches in an epoch.
+        data_fingerprint: of the training images.
+        entries: the task's own.
     """
     epoch, step_in_epoch = divmod(state.step, steps_per_epoch)
     return {
         "format": f"spark_me.{task}",
         "format_version": FORMAT_VERSION,
-        "config": to_yaml(config),
+        "config": config,
         "model": _copied(state.model.state_dict()),
         "optimizer": _copied(state.optimizer.state_dict()),
         "scaler": state.scaler.state_dict(),
         "step": state.step,
         "epoch": epoch,
         "step_in_epoch": step_in_epoch,
-        "samples_seen": state.step * config.train.batch_size,
+        "samples_seen": state.step * batch_size,
         "best": state.best,
         "data": data_fingerprint,
         "unreadable": dict(state.unreadable),

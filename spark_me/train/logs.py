@@ -19,20 +19,17 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-from torch import nn
 from torch.utils.tensorboard import summary
 from tqdm import tqdm
 
 import spark_me
-from spark_me.config.tasks import AnyConfig, PretrainConfig
-from spark_me.data.files import Files
+from spark_me.config.training import OptimConfig, TrainConfig
 from spark_me.errors import printable
 from spark_me.files import write_text, writing
 from spark_me.train import distributed
-from spark_me.train.checkpoint import BEST, list_checkpoints
+from spark_me.train.checkpoint import checkpoint_path
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import Schedule, describe_peak
-from spark_me.weights.layouts import layout_names
 
 
 class MetricsFile:
@@ -340,81 +337,44 @@ class _Rate:
         return self._images / (time.perf_counter() - self._start), self._waited / self._steps
 
 
-def say_beginning(
-    config: PretrainConfig,
-    model: nn.Module,
-    files: Files,
-    schedule: Schedule,
-    device: torch.device,
-    resumed_from: str | None,
-    steps_done: int,
-) -> None:
-    """What is trained on what, and from where."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    height, width = config.model.image_size
+def size_text(train: TrainConfig, schedule: Schedule, optim: OptimConfig) -> str:
+    """How long a run is, its batch with how it is split if it is, and its highest learning rate."""
+    epochs = "" if train.epochs is None else f"{train.epochs} epochs, "
     processes = distributed.world_size()
-    where = str(device) if processes == 1 else f"{processes} processes ({device.type})"
-    print(
-        f"SparK {config.model.encoder} ({parameters / 1e6:.2f} M parameters with decoder), "
-        f"{height}×{width}, {config.model.mask_ratio:.0%} hidden, {config.train.precision} on {where}"
-    )
-    print(
-        f"{len(files.train)} training images (× {config.data.repeats} crops an epoch), {len(files.held_out)} held out; "
-        f"{length_text(config, schedule)} of {batch_text(config, processes)}, {describe_peak(config)}"
-    )
-    if resumed_from is None:
-        print(f"starting in {printable(config.run.dir)}")
-    elif steps_done < schedule.steps:
-        print(f"going on from {printable(resumed_from)}, {steps_done} steps done")
+    size, parts = train.batch_size, processes * train.accumulate
+    batch = str(size) if parts == 1 else f"{size} ({processes} × {train.accumulate} × {size // parts})"
+    return f"{epochs}{schedule.steps} steps of {batch}, {describe_peak(optim, size)}"
+
+
+def place_text(device: torch.device) -> str:
+    """Where a run computes."""
+    processes = distributed.world_size()
+    return str(device) if processes == 1 else f"{processes} processes ({device.type})"
+
+
+def say_start(start: str | None, run: RunDirectory, steps_done: int, steps: int) -> None:
+    """Where a run lives, and from where it goes on.
+
+    Args:
+        start: the checkpoint it goes on from, or what it starts from, if there is anything to say of that.
+        run: its directory.
+        steps_done: up to there.
+        steps: in all.
+    """
+    from_where = "" if start is None else f" from {printable(start)}"
+    if steps_done == 0:
+        print(f"starting{from_where} in {printable(str(run.path))}")
+    elif steps_done < steps:
+        print(f"going on{from_where}, {steps_done} steps done")
     else:
-        last = printable(resumed_from)
-        print(f"this run is complete: {last} is its last step (for another, choose another run.dir)")
+        print(f"this run is complete: {printable(str(start))} is its last step (for another, choose another run.dir)")
 
 
-def say_stopped(config: AnyConfig, steps_done: int, checkpoint: Path) -> None:
+def say_stopped(run: RunDirectory, steps_done: int) -> None:
     """How to go on with a run that was asked to stop before its end."""
-    how = "" if config.run.resume == "auto" else " with run.resume=auto"
-    where = printable(str(checkpoint))
+    how = "" if run.config.run.resume == "auto" else " with run.resume=auto"
+    where = printable(str(checkpoint_path(run.checkpoints, steps_done)))
     print(f"stopped as asked, {steps_done} steps done and saved in {where}: repeat the command{how} to go on")
-
-
-def say_end(config: PretrainConfig, run: RunDirectory) -> None:
-    """The result, where to look and what to run next."""
-    measured = [entry["held_out_loss"] for entry in read_metrics(run.metrics) if "held_out_loss" in entry]
-    if measured:
-        print(f"held-out loss {measured[-1]:.4f} (predicting nothing scores 1.0)")
-    pictures = [str(path) for path in (run.picture, run.loss_plot) if path.is_file()]
-    print(f"look at   {'  '.join(map(printable, pictures))}")
-    print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
-    best = run.checkpoints / BEST
-    # A run that goes on from the last step of another one writes none.
-    written = [*list_checkpoints(run.checkpoints), *([best] if best.is_file() else [])] or [Path(config.run.resume)]
-    weights = quoted(written[-1])
-    image = "YOUR_PHOTO.jpg" if config.model.in_channels in (1, 3) else "YOUR_IMAGE.npy"
-    print(f"more      {command_text('spark-me')} reconstruct {weights} {image} --out photo.png")
-    encoder = config.model.encoder
-    layout, *_ = layout_names(encoder)
-    file = encoder.replace("/", "_")
-    print(f"weights   {command_text('spark-me')} convert {weights} {file}.safetensors --to {layout}")
-    if config.data.kind == "demo":
-        own = f"pretrain {configuration_text('pretrain')} data.root=/path/to/images run.dir=runs/mine"
-        print(f"next      {command_text('spark-me')} {own}")
-    else:
-        channels = "" if config.model.in_channels == 3 else f" model.in_channels={config.model.in_channels}"
-        own = f"finetune {configuration_text('finetune')} model.encoder={encoder}{channels} weights={weights}"
-        print(f"next      {command_text('spark-me')} {own} data.root=/path/above/train/and/val run.dir=runs/tuned")
-
-
-def length_text(config: AnyConfig, schedule: Schedule) -> str:
-    """How long a run is."""
-    epochs = "" if config.train.epochs is None else f"{config.train.epochs} epochs, "
-    return f"{epochs}{schedule.steps} steps"
-
-
-def batch_text(config: AnyConfig, processes: int) -> str:
-    """The batch, and how it is split if it is."""
-    size, parts = config.train.batch_size, processes * config.train.accumulate
-    return str(size) if parts == 1 else f"{size} ({processes} × {config.train.accumulate} × {size // parts})"
 
 
 def command_text(name: str) -> str:

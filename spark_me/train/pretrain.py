@@ -7,28 +7,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spark_me.config.tasks import PretrainConfig
+from spark_me.config.tasks import ModelConfig, PretrainConfig, PretrainTrainConfig
 from spark_me.data.datasets import Batch
 from spark_me.data.files import Files, find_files, fingerprint
-from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader
+from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader, train_reader
+from spark_me.data.sampler import Share
 from spark_me.data.shards import Shards
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.devices import copy_to
-from spark_me.errors import UserError
+from spark_me.errors import UserError, printable
 from spark_me.masking import count_visible, draw_visible_of_samples
 from spark_me.spark import SparK
 from spark_me.sparse import convert_sync_batchnorm
 from spark_me.train import distributed
-from spark_me.train.checkpoint import PRETRAIN, checkpoint_path
+from spark_me.train.checkpoint import BEST, PRETRAIN, list_checkpoints
 from spark_me.train.distributed import device_of_process, note_unreadable
-from spark_me.train.logs import read_metrics, say_beginning, say_end, say_stopped
+from spark_me.train.logs import (
+    command_text,
+    configuration_text,
+    place_text,
+    quoted,
+    read_metrics,
+    say_start,
+    say_stopped,
+    size_text,
+)
 from spark_me.train.plots import plot_loss
 from spark_me.train.reconstruct import draw_reconstruction, model_of, read_subjects
 from spark_me.train.run_directory import RunDirectory
-from spark_me.train.schedules import count_steps, count_steps_per_epoch
+from spark_me.train.schedules import Schedule, count_steps_per_epoch
 from spark_me.train.starting_weights import load_initial_weights
-from spark_me.train.step import Inputs, require_even_split
+from spark_me.train.step import Inputs, split_batch
 from spark_me.train.trainer import Trainer
+from spark_me.weights.layouts import layout_names
 
 MASKS = 4
 """Masks an image is measured under, so that a few images still give a steady number."""
@@ -86,27 +97,24 @@ class Pretraining:
         Raises:
             UserError: if the batch does not fit the number of images or of processes, or the mask not the images.
         """
+        data, train, seed = config.data, config.train, config.run.seed
         self.config = config
         self.images = files
         self.device = device
         self.files = len(files.train) + len(files.held_out)
         self.data_fingerprint = fingerprint(files.train)
-        self.steps_per_epoch = count_steps_per_epoch(len(files.train), config)
-        require_even_split(config.train.batch_size, distributed.world_size(), config.train.accumulate)
-        self.model = _build_model(config, device)
-        _require_two_values(self.model, config)
-        self.held_out = held_out_dataset(files, config)
+        self.steps_per_epoch = count_steps_per_epoch(len(files.train), data, train.batch_size)
+        self.micro_batch = split_batch(train.batch_size, distributed.world_size(), train.accumulate)
+        self.model = _build_model(config.model, train, seed, device)
+        _require_two_values(self.model, train)
+        self.held_out = held_out_dataset(files.held_out, data, config.model, seed)
 
-    def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
+    def batches(self, share: Share, most_unreadable: int) -> Iterable[Batch]:
+        data, model = self.config.data, self.config.model
+        reader = train_reader(data, model, share.seed)
+        pin_memory = self.device.type == "cuda"
         return train_loader(
-            self.images,
-            self.config,
-            first_step=first_step,
-            steps=count_steps(self.config, self.steps_per_epoch),
-            most_unreadable=most_unreadable,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            pin_memory=self.device.type == "cuda",
+            self.images.train, reader, data, share, most_unreadable=most_unreadable, pin_memory=pin_memory
         )
 
     def image_names(self, indices: Sequence[int]) -> list[str]:
@@ -136,7 +144,8 @@ class Pretraining:
             return {}
         batches = held_out_loader(
             self.held_out,
-            self.config,
+            self.micro_batch,
+            self.config.data.workers,
             rank=distributed.rank(),
             world_size=distributed.world_size(),
             pin_memory=self.device.type == "cuda",
@@ -158,7 +167,8 @@ class Pretraining:
         subjects, _ = read_subjects(self.held_out, min(PICTURES, len(self.held_out)))
         if subjects:
             seed = self.config.run.seed
-            draw_reconstruction(self.model, subjects, self.config, run.picture, step=step, seed=seed)
+            encoder, data = self.config.model.encoder, self.config.data
+            draw_reconstruction(self.model, subjects, data, run.picture, encoder=encoder, step=step, seed=seed)
 
     def entries(self) -> dict[str, Any]:
         return {}
@@ -167,24 +177,69 @@ class Pretraining:
         """There are no entries of its own."""
 
 
-def _require_two_values(model: SparK, config: PretrainConfig) -> None:
-    visible = config.train.batch_size // config.train.accumulate * count_visible(model.grid, model.mask_ratio)
+def _require_two_values(model: SparK, train: PretrainTrainConfig) -> None:
+    visible = train.batch_size // train.accumulate * count_visible(model.grid, model.mask_ratio)
     if visible < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.encoder.modules()):
         raise UserError(
-            f"train.batch_size={config.train.batch_size}: a batch has one visible patch, and the norms of the deepest "
+            f"train.batch_size={train.batch_size}: a batch has one visible patch, and the norms of the deepest "
             "scale need two values: raise train.batch_size or model.image_size"
         )
 
 
-def _build_model(config: PretrainConfig, device: torch.device) -> SparK:
-    torch.manual_seed(config.run.seed)
+def _build_model(config: ModelConfig, train: PretrainTrainConfig, seed: int, device: torch.device) -> SparK:
+    torch.manual_seed(seed)
     model = model_of(config).to(device)
-    model.encoder.checkpointing = config.train.activation_checkpointing
+    model.encoder.checkpointing = train.activation_checkpointing
     if distributed.world_size() > 1:
         convert_sync_batchnorm(model)
-    if config.train.compile:
+    if train.compile:
         model.decoder.compile(dynamic=False)
     return model
+
+
+def say_beginning(task: Pretraining, run: RunDirectory, schedule: Schedule, start: str | None, steps: int) -> None:
+    """What is trained on what, and from where, with so many steps done."""
+    config, images = task.config, task.images
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    height, width = config.model.image_size
+    print(
+        f"SparK {config.model.encoder} ({parameters / 1e6:.2f} M parameters with decoder), "
+        f"{height}×{width}, {config.model.mask_ratio:.0%} hidden, {config.train.precision} on {place_text(task.device)}"
+    )
+    print(
+        f"{len(images.train)} training images (× {config.data.repeats} crops an epoch), "
+        f"{len(images.held_out)} held out; {size_text(config.train, schedule, config.optim)}"
+    )
+    say_start(start, run, steps, schedule.steps)
+
+
+def say_end(task: Pretraining, run: RunDirectory) -> None:
+    """The result, where to look and what to run next."""
+    measured = [entry["held_out_loss"] for entry in read_metrics(run.metrics) if "held_out_loss" in entry]
+    if measured:
+        print(f"held-out loss {measured[-1]:.4f} (predicting nothing scores 1.0)")
+    pictures = [str(path) for path in (run.picture, run.loss_plot) if path.is_file()]
+    print(f"look at   {'  '.join(map(printable, pictures))}")
+    print(f"curves    {command_text('tensorboard')} --logdir {quoted(run.tensorboard)}")
+    model, command = task.config.model, command_text("spark-me")
+    best = run.checkpoints / BEST
+    # A run that goes on from the last step of another one writes none.
+    written = [*list_checkpoints(run.checkpoints), *([best] if best.is_file() else [])]
+    weights = quoted((written or [Path(task.config.run.resume)])[-1])
+    image = "YOUR_PHOTO.jpg" if model.in_channels in (1, 3) else "YOUR_IMAGE.npy"
+    print(f"more      {command} reconstruct {weights} {image} --out photo.png")
+    layout, *_ = layout_names(model.encoder)
+    file = model.encoder.replace("/", "_")
+    print(f"weights   {command} convert {weights} {file}.safetensors --to {layout}")
+    if task.config.data.kind == "demo":
+        own = f"pretrain {configuration_text('pretrain')} data.root=/path/to/images run.dir=runs/mine"
+    else:
+        channels = "" if model.in_channels == 3 else f" model.in_channels={model.in_channels}"
+        own = (
+            f"finetune {configuration_text('finetune')} model.encoder={model.encoder}{channels} weights={weights} "
+            "data.root=/path/above/train/and/val run.dir=runs/tuned"
+        )
+    print(f"next      {command} {own}")
 
 
 def pretrain(config: PretrainConfig) -> None:
@@ -196,7 +251,7 @@ def pretrain(config: PretrainConfig) -> None:
         UserError: for anything in the configuration, the data or the directory that stands in the way.
         SystemExit: on processes besides the main one, in its place.
     """
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory(config)
     with run.owned():
         _pretrain(config, run)
 
@@ -204,22 +259,22 @@ def pretrain(config: PretrainConfig) -> None:
 def _pretrain(config: PretrainConfig, run: RunDirectory) -> None:
     with distributed.raise_together():
         if distributed.is_main():
-            run.check(config)
+            run.check()
         device = device_of_process(config.run.device)
         files = find_files(config.data, config.model.in_channels)
         task = Pretraining(config, files, device)
-        trainer = Trainer(task, config, run, device)
+        trainer = Trainer(task, run, device)
     resumed_from = trainer.resume()
     if resumed_from is None and config.model.init_from is not None:
-        load_initial_weights(config.model.init_from, task.model, config, run)
+        load_initial_weights(config.model.init_from, task.model, run)
     with distributed.raise_together():
         if distributed.is_main():
             space = trainer.require_space()
-            say_beginning(config, task.model, files, trainer.schedule, device, resumed_from, trainer.state.step)
+            say_beginning(task, run, trainer.schedule, resumed_from, trainer.state.step)
             print(space, flush=True)
     complete = trainer.train()
     if distributed.is_main():
         if complete:
-            say_end(config, run)
+            say_end(task, run)
         else:
-            say_stopped(config, trainer.state.step, checkpoint_path(run.checkpoints, trainer.state.step))
+            say_stopped(run, trainer.state.step)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from spark_me import build_model
-from spark_me.config.tasks import PretrainConfig
+from spark_me.config.data import DataConfig, Statistics
+from spark_me.config.tasks import ModelConfig
 from spark_me.data.datasets import HeldOutDataset
-from spark_me.data.files import Files
 from spark_me.data.loaders import held_out_dataset
 from spark_me.data.reading import Item
 from spark_me.data.transforms import Crop, display_of, to_displayable
@@ -52,38 +52,39 @@ def reconstruct_files(checkpoint: Path, images: Sequence[Path], out: Path, *, se
     check_output(out, checkpoint, *images)
     content = read_checkpoint(checkpoint)
     config = config_of(content, checkpoint)
-    model = model_of(config)
+    model = model_of(config.model)
     load_model(model, content, checkpoint)
-    subjects = load_images(images, config)
-    losses = draw_reconstruction(model, subjects, config, out, step=content["step"], seed=seed)
+    subjects = load_images(images, config.data, config.model, config.run.seed)
+    encoder, step = config.model.encoder, content["step"]
+    losses = draw_reconstruction(model, subjects, config.data, out, encoder=encoder, step=step, seed=seed)
     for subject, loss in zip(subjects, losses):
         print(f"{printable(str(subject.item))}  loss {loss:.4f}")
     print(f"wrote {printable(str(out))}")
 
 
-def model_of(config: PretrainConfig) -> SparK:
+def model_of(config: ModelConfig) -> SparK:
     """The model that a configuration describes, with random weights."""
-    model = config.model
+    height, width = config.image_size
     return build_model(
-        model.encoder,
-        image_size=(model.image_size[0], model.image_size[1]),
-        in_channels=model.in_channels,
-        mask_ratio=model.mask_ratio,
-        decoder_width=model.decoder_width,
-        drop_path=model.drop_path,
-        backend=model.backend,
-        init=model.init,
-        zero_init_residual=model.zero_init_residual,
+        config.encoder,
+        image_size=(height, width),
+        in_channels=config.in_channels,
+        mask_ratio=config.mask_ratio,
+        decoder_width=config.decoder_width,
+        drop_path=config.drop_path,
+        backend=config.backend,
+        init=config.init,
+        zero_init_residual=config.zero_init_residual,
     )
 
 
-def load_images(paths: Sequence[Path], config: PretrainConfig) -> list[Subject]:
+def load_images(paths: Sequence[Path], data: DataConfig, model: ModelConfig, seed: int) -> list[Subject]:
     """Read files as the held-out images are.
 
     Raises:
         UserError: naming the first file that is unreadable.
     """
-    dataset = held_out_dataset(Files([], list(paths)), config)
+    dataset = held_out_dataset(list(paths), data, model, seed)
     subjects, unreadable = read_subjects(dataset, len(dataset))
     for name, reason in unreadable:
         raise UserError(f"{name}: unreadable ({reason}): give images that open in a viewer")
@@ -103,15 +104,16 @@ def read_subjects(dataset: HeldOutDataset, count: int) -> tuple[list[Subject], l
 
 
 def draw_reconstruction(
-    model: SparK, subjects: Sequence[Subject], config: PretrainConfig, path: Path, *, step: int, seed: int
+    model: SparK, subjects: Sequence[Subject], data: Statistics, path: Path, *, encoder: str, step: int, seed: int
 ) -> list[float]:
     """Reconstruct images under reproducible masks and write the picture; the model's mode is kept.
 
     Args:
         model: on any device.
         subjects: one at least.
-        config: what the model was built from.
+        data: with the statistics of the channels.
         path: PNG to write.
+        encoder: its name.
         step: how far the model is trained.
         seed: which masks are drawn.
 
@@ -138,16 +140,16 @@ def draw_reconstruction(
         for fields in zip(
             [subject.item.name for subject in subjects],
             losses,
-            to_displayable(images, config.data),
-            to_displayable(result.prediction.float().cpu(), config.data),
+            to_displayable(images, data),
+            to_displayable(result.prediction.float().cpu(), data),
             upsample_visible(visible, model.patch_size),
             upsample_visible(hidden, model.patch_size),
             [_without_data(subject.crop) for subject in subjects],
         )
     ]
-    encoder, mean = shown(config.model.encoder, LONGEST_NAME), sum(losses) / len(losses)
-    title = f"{encoder}, step {step}, mask ratio {model.mask_ratio:g}: mean loss {mean:.4f}"
-    caption = display_of(config.data, config.model.in_channels).caption
+    name, mean = shown(encoder, LONGEST_NAME), sum(losses) / len(losses)
+    title = f"{name}, step {step}, mask ratio {model.mask_ratio:g}: mean loss {mean:.4f}"
+    caption = display_of(data, images.shape[1]).caption
     plot_reconstruction(rows, title, [f"Shown: {caption}.", *NOTES] if caption else NOTES, path)
     return losses
 

@@ -29,12 +29,13 @@ CHANGEABLE = ("optim.", "train.epochs:", "train.steps:", "train.precision:", "tr
 
 
 class RunDirectory:
-    """Paths of a run. A directory belongs to one configuration."""
+    """Paths of a run. A directory belongs to one configuration, which it records."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, config: AnyConfig) -> None:
+        self.config = config
+        self.path = Path(config.run.dir)
         self.lock = self.path / "lock"
-        self.config = self.path / "config.yaml"
+        self.config_file = self.path / "config.yaml"
         self.environment = self.path / "environment.json"
         self.initial_weights = self.path / "initial_weights.json"
         self.checkpoints = self.path / "checkpoints"
@@ -94,58 +95,58 @@ class RunDirectory:
                 return lock
             lock.close()
 
-    def check(self, config: AnyConfig) -> None:
+    def check(self) -> None:
         """Refuse a directory that another run owns; writes nothing.
 
         Raises:
             UserError: if it holds another configuration, or checkpoints that this run would overwrite.
         """
-        other = self.recorded(type(config))
+        other = self.recorded()
         if other is not None:
-            different = differing_keys(other, config)
+            different = differing_keys(other, self.config)
             if different:
                 raise UserError(
                     f"{self.path}: holds a run of another configuration ({'; '.join(different)}): "
                     "choose another run.dir, or go back to that configuration"
                 )
-        if config.run.resume == "never" and list_checkpoints(self.checkpoints):
+        if self.config.run.resume == "never" and list_checkpoints(self.checkpoints):
             raise UserError(f"{self.path}: holds a run, and run.resume=never: choose another run.dir, or resume=auto")
 
-    def recorded(self, schema: type[AnyConfig]) -> AnyConfig | None:
-        """The configuration of the run that the directory holds; None if it holds none.
+    def recorded(self) -> AnyConfig | None:
+        """The configuration of the run that the directory holds already; None if it holds none.
 
         Raises:
             UserError: if it is that of another task.
         """
-        if not self.config.is_file():
+        if not self.config_file.is_file():
             return None
         try:
-            config: AnyConfig = load_config(self.config, unchecked=ON_THE_LINE, schema=schema)
+            config: AnyConfig = load_config(self.config_file, unchecked=ON_THE_LINE, schema=type(self.config))
             return config
         except UserError as error:
             raise UserError(
                 f"{self.path}: holds a run of another command or version ({error}): choose another run.dir"
             ) from None
 
-    def create(self, config: AnyConfig) -> None:
+    def create(self) -> None:
         """Make the directory and write the resolved configuration into it."""
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, to_yaml(config))
+        write_text(self.config_file, to_yaml(self.config))
 
-    def find_checkpoint(self, config: AnyConfig, task: str) -> tuple[Path, dict[str, Any]] | None:
+    def find_checkpoint(self, task: str) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint that `run.resume` asks for, read; None to start afresh.
 
         Raises:
             UserError: if it does not load, is of another configuration, or is older than what the directory holds.
         """
-        resume = config.run.resume
+        resume = self.config.run.resume
         if resume == "never":
             return None
         if resume == "auto":
             found = self._newest_that_loads(task)
             # config.yaml may be gone, or a checkpoint be of another directory.
-            different = [] if found is None else _differences(*found, config)
+            different = [] if found is None else self._differences(*found)
             if different:
                 raise UserError(
                     f"{self.checkpoints}: is of another configuration ({'; '.join(different)}): choose another "
@@ -154,7 +155,7 @@ class RunDirectory:
             return found
         path = Path(resume)
         content = read_checkpoint(path, task)
-        different = _differences(path, content, config)
+        different = self._differences(path, content)
         fixed = [difference for difference in different if not difference.startswith(CHANGEABLE)]
         if fixed:
             raise UserError(f"{path}: is of another run ({'; '.join(fixed)}): use its configuration for these keys")
@@ -176,9 +177,8 @@ class RunDirectory:
             raise UserError(f"{self.checkpoints}: none of {len(paths)} checkpoints loads: choose another run.dir")
         return None
 
-
-def _differences(path: Path, content: dict[str, Any], config: AnyConfig) -> list[str]:
-    return differing_keys(parse_config(content["config"], str(path), type(config)), config)
+    def _differences(self, path: Path, content: dict[str, Any]) -> list[str]:
+        return differing_keys(parse_config(content["config"], str(path), type(self.config)), self.config)
 
 
 def describe_environment(device: torch.device) -> str:

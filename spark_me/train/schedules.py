@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import AdamW, Optimizer
 
+from spark_me.config.data import ImagesConfig
 from spark_me.config.loading import ON_THE_LINE, load_config
-from spark_me.config.tasks import AnyConfig, PretrainConfig
-from spark_me.config.training import OptimConfig
+from spark_me.config.training import OptimConfig, TrainConfig
 from spark_me.data.files import find_files
 from spark_me.data.sampler import steps_of_epoch
 from spark_me.errors import UserError
@@ -98,13 +98,13 @@ class Schedule:
             group["weight_decay"] = self.decay(step) if group["decayed"] else 0.0
 
 
-def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
+def build_schedule(optim: OptimConfig, train: TrainConfig, steps_per_epoch: int) -> Schedule:
     """The schedule of a run; the peak is lr, or base_lr · batch_size / 256."""
-    optim, steps = config.optim, count_steps(config, steps_per_epoch)
+    steps = count_steps(train, steps_per_epoch)
     return Schedule(
         steps=steps,
         warmup_steps=_count_warmup_steps(optim, steps, steps_per_epoch),
-        peak_lr=_peak_lr(config),
+        peak_lr=_peak_lr(optim, train.batch_size),
         warmup_start_factor=optim.warmup_start_factor,
         end_factor=optim.end_factor,
         weight_decay=optim.weight_decay,
@@ -112,35 +112,34 @@ def build_schedule(config: AnyConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def count_steps(config: AnyConfig, steps_per_epoch: int) -> int:
+def count_steps(train: TrainConfig, steps_per_epoch: int) -> int:
     """Length of a run."""
-    train = config.train
     if train.epochs is not None:
         return train.epochs * steps_per_epoch
     assert train.steps is not None  # one of the two is given
     return train.steps
 
 
-def count_steps_per_epoch(images: int, config: AnyConfig) -> int:
+def count_steps_per_epoch(images: int, data: ImagesConfig, batch_size: int) -> int:
     """Batches in an epoch of so many files.
 
     Raises:
         UserError: if there is not even one.
     """
-    samples, batch_size = images * config.data.repeats, config.train.batch_size
+    samples = images * data.repeats
     if samples < batch_size:
         raise UserError(
             f"train.batch_size={batch_size} is more than the {samples} images of an epoch "
-            f"({images} files × data.repeats={config.data.repeats}): lower it, or raise data.repeats"
+            f"({images} files × data.repeats={data.repeats}): lower it, or raise data.repeats"
         )
-    return steps_of_epoch(samples, batch_size, drop_last=config.data.drop_last)
+    return steps_of_epoch(samples, batch_size, drop_last=data.drop_last)
 
 
-def describe_peak(config: AnyConfig) -> str:
+def describe_peak(optim: OptimConfig, batch_size: int) -> str:
     """The optimizer and its highest learning rate, with the rule that it comes from."""
-    base, size = config.optim.base_lr, config.train.batch_size
-    rule = "" if base is None else f" (base_lr {base:g} · {size} / 256)"
-    return f"{config.optim.name} with peak lr {_peak_lr(config):.3g}{rule}"
+    base = optim.base_lr
+    rule = "" if base is None else f" (base_lr {base:g} · {batch_size} / 256)"
+    return f"{optim.name} with peak lr {_peak_lr(optim, batch_size):.3g}{rule}"
 
 
 def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) -> int:
@@ -150,12 +149,11 @@ def _count_warmup_steps(optim: OptimConfig, steps: int, steps_per_epoch: int) ->
     return round(optim.warmup_share * steps)
 
 
-def _peak_lr(config: AnyConfig) -> float:
-    optim = config.optim
+def _peak_lr(optim: OptimConfig, batch_size: int) -> float:
     if optim.lr is not None:
         return optim.lr
     assert optim.base_lr is not None  # one of the two is given
-    return optim.base_lr * config.train.batch_size / 256
+    return optim.base_lr * batch_size / 256
 
 
 def _cosine(start: float, end: float, progress: float) -> float:
@@ -172,7 +170,8 @@ class Planned(NamedTuple):
     """A configuration's schedule for so many images."""
 
     name: str
-    config: PretrainConfig
+    peak: str
+    """In words."""
     images: int
     steps_per_epoch: int
     schedule: Schedule
@@ -204,14 +203,15 @@ def _plan(path: Path, overrides: Sequence[str], images: int | None) -> Planned:
     config = load_config(path, overrides, unchecked=() if images is None else ("data.root", *ON_THE_LINE))
     if images is None:
         images = len(find_files(config.data, config.model.in_channels).train)
-    steps_per_epoch = count_steps_per_epoch(images, config)
-    return Planned(path.stem, config, images, steps_per_epoch, build_schedule(config, steps_per_epoch))
+    steps_per_epoch = count_steps_per_epoch(images, config.data, config.train.batch_size)
+    schedule = build_schedule(config.optim, config.train, steps_per_epoch)
+    return Planned(path.stem, describe_peak(config.optim, config.train.batch_size), images, steps_per_epoch, schedule)
 
 
 def _print(plan: Planned) -> None:
     schedule, each = plan.schedule, plan.steps_per_epoch
     print(f"{plan.name}: {plan.images} images, {each} steps an epoch, {schedule.steps} steps")
-    print(f"  {describe_peak(plan.config)}")
+    print(f"  {plan.peak}")
     last = schedule.steps - 1
     places = {"first": 0, "warmed up": schedule.warmup_steps, "half-way": last // 2, "last": last}
     print(f"  {'step':<9} {'number':>8} {'epoch':>8} {'lr':>10} {'decay':>7}")

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from spark_me.config.data import statistics_of
+from spark_me.config.data import FinetuneDataConfig, ImagesConfig, statistics_of
 from spark_me.config.loading import parse_config
-from spark_me.config.tasks import SCRATCH, AnyConfig, FinetuneConfig, PretrainConfig
+from spark_me.config.tasks import SCRATCH, FinetuneConfig, FinetuneModelConfig
 from spark_me.dense import build_network
 from spark_me.errors import UserError, printable
 from spark_me.files import is_file, sha256_of, write_json
@@ -22,23 +22,23 @@ from spark_me.weights.models import PUBLISHED
 from spark_me.weights.transfer import load_weights
 
 
-def start_from(network: nn.Module, config: FinetuneConfig) -> str:
-    """Load the encoder of `config.weights` into a network, whose classifier stays new; say what was loaded.
+def start_from(weights: str, network: nn.Module, model: FinetuneModelConfig) -> str:
+    """Load an encoder's weights into the network of `model`, whose classifier stays new; say what was loaded.
 
     Every process calls it and reads the file.
 
     Raises:
         UserError: if there is no such file, or it does not fit the encoder.
     """
-    if config.weights == SCRATCH:
+    if weights == SCRATCH:
         return "random weights"
-    path = locate(config.weights, "weights=")
+    path = locate(weights, "weights=")
     with distributed.raise_together():
         # Whatever classifier the file has is of other classes, so it is loaded into a network that has none.
-        encoder = build_network(config.model.encoder, None, config.model.in_channels)
+        encoder = build_network(model.encoder, None, model.in_channels)
         loaded = load_weights(encoder, path)
         network.load_state_dict(encoder.state_dict(), strict=False)
-    return f"the encoder in {printable(config.weights)} ({loaded.layout} layout) and a new classifier"
+    return f"the encoder in {printable(weights)} ({loaded.layout} layout) and a new classifier"
 
 
 SEEN = ("train_crop", "test_resize", "test_crop", "mean", "std")
@@ -47,7 +47,9 @@ DEFAULT_SIDE, SHOWN = 224, 0.95
 """Pixels; and the share of a test image's shorter edge that its centre takes, as in the published recipes."""
 
 
-def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirectory | None = None) -> None:
+def settle_images(
+    data: FinetuneDataConfig, channels: int, weights: str, key: str, run: RunDirectory | None = None
+) -> None:
     """Fill in what a configuration leaves open of its images, in place, and say where it is from.
 
     A network is to see images as in its training: a run that goes on takes what it recorded, another one what the
@@ -56,7 +58,8 @@ def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirect
     Every process calls it.
 
     Args:
-        config: data.train_crop, test_resize, test_crop, mean and std.
+        data: train_crop, test_resize, test_crop, mean and std.
+        channels: of the images.
         weights: a checkpoint, a published name, path or URL; `none` for none.
         key: where they were given, for messages.
         run: the run, if there is one.
@@ -64,16 +67,15 @@ def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirect
     Raises:
         UserError: if the weights cannot be had, or there are no mean and deviation for the images' channels.
     """
-    data, channels = config.data, config.model.in_channels
-    if None not in _settings_of(config).values():
+    if None not in _settings_of(data).values():
         return
-    goes_on = run is not None and run.config.is_file()
+    goes_on = run is not None and run.config_file.is_file()
     path = None if goes_on or weights == SCRATCH else locate(weights, key)
     found: dict[str, Any] = {}
     with distributed.raise_together():
         if distributed.is_main():
-            recorded = None if run is None else run.recorded(FinetuneConfig)
-            found = _trained_on(path) if recorded is None else _settings_of(recorded)
+            recorded = None if run is None else run.recorded()
+            found = _trained_on(path) if recorded is None else _settings_of(recorded.data)
     found = distributed.broadcast(found)
     for name, value in found.items():
         if getattr(data, name) is None:
@@ -97,8 +99,8 @@ def settle_images(config: FinetuneConfig, weights: str, key: str, run: RunDirect
         print(f"images of {data.train_crop} pixels, tested on {data.test_crop}, {like} unless told otherwise")
 
 
-def _settings_of(config: AnyConfig) -> dict[str, Any]:
-    return {name: getattr(config.data, name) for name in SEEN}
+def _settings_of(data: ImagesConfig) -> dict[str, Any]:
+    return {name: getattr(data, name) for name in SEEN}
 
 
 def _trained_on(path: Path | None) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _trained_on(path: Path | None) -> dict[str, Any]:
     if not isinstance(text, str):
         raise UserError(f"{path}: holds no configuration that can be read: use an earlier checkpoint")
     if task == f"spark_me.{FINETUNE}":
-        return _settings_of(parse_config(text, str(path), FinetuneConfig))
+        return _settings_of(parse_config(text, str(path), FinetuneConfig).data)
     config = parse_config(text, str(path))
     height, width = config.model.image_size
     # Fine-tuning takes squares: of as many pixels.
@@ -148,7 +150,7 @@ def _find(source: str, key: str) -> Path:
     return path
 
 
-def load_initial_weights(source: str, model: nn.Module, config: PretrainConfig, run: RunDirectory) -> None:
+def load_initial_weights(source: str, model: nn.Module, run: RunDirectory) -> None:
     """Load weights into a model that has not been trained yet; say and record what was found.
 
     Every process calls it and reads the file.
@@ -156,7 +158,6 @@ def load_initial_weights(source: str, model: nn.Module, config: PretrainConfig, 
     Args:
         source: name of published weights, path or URL; of a whole model, or of its encoder alone.
         model: the run's SparK model.
-        config: of the run.
         run: where initial_weights.json is written.
 
     Raises:
@@ -167,7 +168,7 @@ def load_initial_weights(source: str, model: nn.Module, config: PretrainConfig, 
         loaded = load_weights(model, path)
     with distributed.raise_together():
         if distributed.is_main():
-            run.create(config)
+            run.create()
             record = {"source": source, "sha256": sha256_of(path), **loaded._asdict()}
             write_json(run.initial_weights, record)
             print(f"weights from {printable(source)}: {loaded.encoder}, {loaded.layout} layout")

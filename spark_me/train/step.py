@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spark_me.data.datasets import Batch
-from spark_me.data.sampler import STEP, seed_of
+from spark_me.data.sampler import STEP, Share, seed_of
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.train import distributed
@@ -49,8 +49,8 @@ class Task(Protocol):
     def model(self) -> nn.Module:
         """What is trained and saved, on its device."""
 
-    def batches(self, first_step: int, most_unreadable: int) -> Iterable[Batch]:
-        """This process's micro-batches from a step to the end of the run, `train.accumulate` for each step."""
+    def batches(self, share: Share, most_unreadable: int) -> Iterable[Batch]:
+        """A process's micro-batches from a step to the end of the run."""
 
     def image_names(self, indices: Sequence[int]) -> list[str]:
         """Of samples of an epoch, for messages; empty where images have no names before they are read."""
@@ -84,8 +84,8 @@ class Task(Protocol):
         """
 
 
-def require_even_split(batch_size: int, processes: int, accumulate: int) -> None:
-    """Check that every process gets as many images of a step as the others, in equal micro-batches.
+def split_batch(batch_size: int, processes: int, accumulate: int) -> int:
+    """The micro-batch of a process, which gets as many images of a step as the others, in equal micro-batches.
 
     Raises:
         UserError: naming the nearest batch sizes that do split.
@@ -98,6 +98,7 @@ def require_even_split(batch_size: int, processes: int, accumulate: int) -> None
             f"train.batch_size={batch_size} does not split evenly over {processes} processes × "
             f"train.accumulate={accumulate}: the nearest that does is {nearest}"
         )
+    return batch_size // parts
 
 
 NAMED = 4

@@ -14,8 +14,9 @@ from types import FrameType
 import torch
 from tqdm import tqdm
 
-from spark_me.config.tasks import AnyConfig
+from spark_me.config.loading import to_yaml
 from spark_me.data.datasets import Batch
+from spark_me.data.sampler import Share
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.files import write_text
@@ -92,17 +93,26 @@ class StopRequest:
 class Trainer:
     """One process's part of a run. The main process alone writes; all take every step together."""
 
-    def __init__(self, task: Task, config: AnyConfig, run: RunDirectory, device: torch.device) -> None:
+    def __init__(self, task: Task, run: RunDirectory, device: torch.device) -> None:
         """
+        Args:
+            task: a model and what it is trained for.
+            run: where it lives, with its configuration.
+            device: of the model.
+
         Raises:
             UserError: if the device cannot compute in the precision asked for.
         """
+        config = run.config
         self.task = task
-        self.config = config
         self.run = run
         self.device = device
+        self.data = config.data
+        self.settings = config.run
+        self.batch_size, self.accumulate = config.train.batch_size, config.train.accumulate
+        self.clip_norm = config.optim.clip_norm
         self.precision = Precision(config.train.precision, device)
-        self.schedule = build_schedule(config, task.steps_per_epoch)
+        self.schedule = build_schedule(config.optim, config.train, task.steps_per_epoch)
         optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
         self.state = TrainState(task.model, optimizer, self.precision.scaler)
         self.unreadable = UnreadableFiles(
@@ -118,7 +128,7 @@ class Trainer:
         found = None
         with distributed.raise_together():
             if distributed.is_main():
-                found = self.run.find_checkpoint(self.config, self.task.name)
+                found = self.run.find_checkpoint(self.task.name)
         found = distributed.broadcast(found)  # the directory need not be on every machine
         if found is None:
             return None
@@ -140,12 +150,12 @@ class Trainer:
         Raises:
             UserError: if they do not fit.
         """
-        run, left = self.config.run, self.schedule.steps - self.state.step
+        settings, left = self.settings, self.schedule.steps - self.state.step
         writes = math.ceil(left / self.task.steps_per_epoch)
-        if run.checkpoint_every_steps is not None:
-            writes += left // run.checkpoint_every_steps
+        if settings.checkpoint_every_steps is not None:
+            writes += left // settings.checkpoint_every_steps
         size = checkpoint_size(self.state, self.task.entries())
-        return require_space(self.run.checkpoints, size, keep_last=run.keep_last, writes=writes)
+        return require_space(self.run.checkpoints, size, keep_last=settings.keep_last, writes=writes)
 
     def train(self) -> bool:
         """Do the steps that are left; False if a signal asked to stop before the last one.
@@ -154,7 +164,7 @@ class Trainer:
             UserError: for whatever stops a run; its checkpoints stay.
             KeyboardInterrupt: for a second Ctrl-C, saying what is lost.
         """
-        self.writer = CheckpointWriter(self.run.checkpoints, self.config.run.keep_last)
+        self.writer = CheckpointWriter(self.run.checkpoints, self.settings.keep_last)
         stop_request = StopRequest(answer=distributed.is_main())
         try:
             with self._reports(), self.precision.products(), stop_request as stop, named_failures(), self.writer:
@@ -179,16 +189,16 @@ class Trainer:
         """Of the main process."""
         with distributed.raise_together():
             if distributed.is_main():
-                self.run.create(self.config)
+                self.run.create()
                 write_text(self.run.environment, describe_environment(self.device))
                 self.log = RunLog(
                     self.run,
                     steps=self.schedule.steps,
                     steps_per_epoch=self.task.steps_per_epoch,
                     first_step=self.state.step,
-                    log_every=self.config.run.log_every_steps,
-                    print_every=self.config.run.print_every_steps,
-                    workers=self.config.data.workers,
+                    log_every=self.settings.log_every_steps,
+                    print_every=self.settings.print_every_steps,
+                    workers=self.data.workers,
                 )
         try:
             yield
@@ -197,9 +207,9 @@ class Trainer:
                 self.log.close()
 
     def _take_steps(self, stop: StopRequest) -> bool:
-        seed, clip_norm = self.config.run.seed, self.config.optim.clip_norm
-        stepper = Stepper(self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=clip_norm)
-        source = iter(self.task.batches(self.state.step, self.unreadable.most))
+        seed = self.settings.seed
+        stepper = Stepper(self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=self.clip_norm)
+        source = iter(self.task.batches(self._share(), self.unreadable.most))
         while self.state.step < self.schedule.steps:
             if distributed.all_reduce(stop.signal is not None)[0]:
                 self._save()
@@ -214,11 +224,24 @@ class Trainer:
             self._draw()
         return True
 
+    def _share(self) -> Share:
+        """What is left of the run's samples for this process."""
+        return Share(
+            self.batch_size,
+            self.schedule.steps,
+            self.settings.seed,
+            first_step=self.state.step,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            accumulate=self.accumulate,
+            drop_last=self.data.drop_last,
+        )
+
     def _fetch(self, source: Iterator[Batch]) -> list[Batch]:
         """This process's micro-batches of the next step."""
         with distributed.raise_together(), named_failures():
             self.writer.check()
-            batches = [next(source) for _ in range(self.config.train.accumulate)]
+            batches = [next(source) for _ in range(self.accumulate)]
         note_unreadable(self.unreadable, [record for batch in batches for record in batch.unreadable])
         with distributed.raise_together():
             if not all(batch.indices for batch in batches):
@@ -231,8 +254,8 @@ class Trainer:
         step = self.state.step
         with distributed.raise_together():
             if self.log is not None:
-                self.log.step(step, values, self.config.train.batch_size)
-        every = self.config.run.checkpoint_every_steps
+                self.log.step(step, values, self.batch_size)
+        every = self.settings.checkpoint_every_steps
         # The last epoch of a run whose length is given in steps may be cut short.
         if step % self.task.steps_per_epoch == 0 or step == self.schedule.steps:
             self._end_epoch(values["loss"])
@@ -240,10 +263,10 @@ class Trainer:
             self._save()
 
     def _end_epoch(self, loss: float) -> None:
-        run, last = self.config.run, self.state.step == self.schedule.steps
+        settings, last = self.settings, self.state.step == self.schedule.steps
         epoch = math.ceil(self.state.step / self.task.steps_per_epoch)
         # Measured before the checkpoint, or a kill between the two would leave a gap in the curve.
-        evaluate = last or epoch % run.evaluate_every_epochs == 0
+        evaluate = last or epoch % settings.evaluate_every_epochs == 0
         measured = self.task.evaluate(self.unreadable, self.precision.autocast) if evaluate else {}
         value = measured.get(self.task.best_by)
         best = value is not None and self._beats(value, self.state.best)
@@ -254,7 +277,7 @@ class Trainer:
                 self.log.epoch(self.state.step, loss, measured)
         self._save(best=best)
         with distributed.raise_together():
-            if not last and epoch % run.picture_every_epochs == 0:
+            if not last and epoch % settings.picture_every_epochs == 0:
                 self._draw()
             if self.log is not None:
                 self.log.pause()
@@ -272,8 +295,9 @@ class Trainer:
                 require_finite(self.state)
                 content = checkpoint_of(
                     self.state,
-                    self.config,
                     task=self.task.name,
+                    config=to_yaml(self.run.config),
+                    batch_size=self.batch_size,
                     steps_per_epoch=self.task.steps_per_epoch,
                     data_fingerprint=self.task.data_fingerprint,
                     entries=self.task.entries(),
