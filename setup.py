@@ -47,7 +47,7 @@ setup(
     # Said for editable installations, which then put this folder on the path. Otherwise they install a finder that
     # comes after the path, and in the folder above a clone Python takes the clone for an empty package spark_me.
     package_dir={"": "."},
-    package_data={"spark_me.engine": ["resources/setup.py"], "spark_me.downstream": ["imagenet_names.txt"]},
+    package_data={"spark_me.engine": ["resources/*"], "spark_me.downstream": ["imagenet_names.txt"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={
         "train": TRAIN,

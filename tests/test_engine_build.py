@@ -5,19 +5,19 @@ import json
 import sys
 import tarfile
 import zipfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from spark_me.engine import build, edits, install, source
-from spark_me.engine.target import Cuda, Target
-from spark_me.engine.toolchain import Blas
+from spark_me.engine.build import Progress
+from spark_me.engine.toolchain import Blas, Cuda
 from spark_me.errors import EngineError
 
-TARGET = Target(python=(3, 11), abi="cpython-311", platform="linux-x86_64", torch="2.11.0+cu130", cuda=None)
 BLAS = Blas("openblas", "0.3.21")
 CUDA = Cuda(home=Path("/usr/local/cuda"), version=(13, 0), archs="9.0")
+RECORD = build.record_of(None, BLAS)
 
 MINIATURE_SETUP = """
 import json
@@ -27,9 +27,8 @@ print("[1/2] c++ -c src/first.cpp"); print("[2/2] c++ -c src/second.cpp")
 setup(name="MinkowskiEngine", version=options["version"], packages=["MinkowskiEngine"],
       package_data={"MinkowskiEngine": [options["record"]]})
 """
-
-
 MODULE = {"MinkowskiEngine/__init__.py": b"answer = 'old'\n"}
+SWAP = edits.Edit("swap", "", "a test", "MinkowskiEngine/*.py", "old", "new", 1)
 
 
 def write_archive(path, files):
@@ -41,16 +40,22 @@ def write_archive(path, files):
 
 
 @pytest.fixture
-def miniature(monkeypatch, tmp_path):
-    """An archive with one module, one edit for it, and a build script without a compiler."""
+def setup_script(monkeypatch, tmp_path):
+    """The build script in the place of ours: one without a compiler."""
+    script = tmp_path / "setup.py"
+    script.write_text(MINIATURE_SETUP)
+    monkeypatch.setattr(build, "SETUP_SCRIPT", script)
+    return script
+
+
+@pytest.fixture
+def miniature(setup_script, monkeypatch, tmp_path):
+    """An archive with one module, and one edit for it."""
     monkeypatch.setenv("SPARK_ME_CACHE", str(tmp_path / "cache"))
     archive = tmp_path / "MinkowskiEngine-0.5.4.tar.gz"
     write_archive(archive, MODULE)
-    swap = edits.Edit("swap", "MinkowskiEngine/*.py", "old", "new", 1, "a test")
-    for module in (build, build):
-        monkeypatch.setattr(module, "edits_for", lambda target: (swap,))
-        monkeypatch.setattr(module, "setup_script", lambda: MINIATURE_SETUP)
-    monkeypatch.setattr(build, "require_compiler", lambda: "c++")
+    monkeypatch.setattr(build, "edits_for", lambda device: (SWAP,))
+    monkeypatch.setattr(build, "require_build_tools", lambda: None)
     monkeypatch.setattr(build, "header_dirs", lambda: ())
     return archive
 
@@ -61,38 +66,35 @@ def carried_record(wheel):
 
 
 def test_a_build_ends_as_an_edited_wheel_in_the_cache(miniature, tmp_path, capsys):
-    made_from = build.record_of(TARGET, BLAS)
-    left = source.make_dir("build", f"{made_from.key}-killed")
+    left = source.make_dir("build", f"{RECORD.key}-killed")
     (left / "object.o").touch()
-    wheel = build.build_wheel(miniature, TARGET, BLAS, made_from)
-    assert wheel == source.cached_wheel(made_from.key)
+    wheel = build.build_wheel(miniature, None, BLAS, RECORD)
+    assert wheel == source.cached_wheel(RECORD.key)
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("MinkowskiEngine/__init__.py") == b"answer = 'new'\n"
-    assert carried_record(wheel) == made_from
+    assert carried_record(wheel) == RECORD
     assert list((tmp_path / "cache" / "build").iterdir()) == []
     drawn = capsys.readouterr().out.splitlines()
     assert [line.split()[-1] for line in drawn] == ["first.cpp", "second.cpp"]
 
 
-def test_a_build_that_fails_prints_cause_and_log_and_caches_nothing(miniature, monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "setup_script", lambda: "print('x.cpp:3:1: error: no such type'); raise SystemExit(3)")
-    made_from = build.record_of(TARGET, BLAS)
+def test_a_build_that_fails_prints_cause_and_log_and_caches_nothing(miniature, setup_script, tmp_path):
+    setup_script.write_text("print('x.cpp:3:1: error: no such type'); raise SystemExit(3)")
     with pytest.raises(EngineError, match=r"x\.cpp:3:1: error: no such type; log: ") as caught:
-        build.build_wheel(miniature, TARGET, BLAS, made_from)
+        build.build_wheel(miniature, None, BLAS, RECORD)
     log = Path(str(caught.value).split("log: ")[1])
     assert "no such type" in log.read_text()
     assert "\n" not in str(caught.value)
-    assert source.cached_wheel(made_from.key) is None
+    assert source.cached_wheel(RECORD.key) is None
     assert list((tmp_path / "cache" / "build").iterdir()) == []
 
 
-def test_the_real_build_script_reports_what_ninja_says(miniature, monkeypatch, tmp_path):
-    script = build.resources.files("spark_me.engine").joinpath("resources", "setup.py").read_text()
-    monkeypatch.setattr(build, "setup_script", lambda: script)
+def test_the_real_build_script_reports_what_ninja_says(miniature, setup_script):
+    setup_script.write_bytes((Path(build.__file__).parent / "resources" / "setup.py").read_bytes())
     package = {f"MinkowskiEngine{folder}/__init__.py": b"" for folder in ("/utils", "/modules")}
     write_archive(miniature, {**MODULE, **package, "src/math_functions_cpu.cpp": b""})
     with pytest.raises(EngineError, match=r"ninja: error: .*\.cpp.* missing"):
-        build.build_wheel(miniature, TARGET, BLAS, build.record_of(TARGET, BLAS))
+        build.build_wheel(miniature, None, BLAS, RECORD)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_leaving_a_build_early_ends_its_processes(monkeypatch, tmp_path):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build, "_follow", interrupt)
+    monkeypatch.setattr(build.select, "select", interrupt)
     processes = []
     start = build.subprocess.Popen
 
@@ -132,28 +134,27 @@ def test_leaving_a_build_early_ends_its_processes(monkeypatch, tmp_path):
     assert processes[0].returncode == -build.signal.SIGKILL
 
 
-def test_the_key_changes_with_every_ingredient(monkeypatch):
-    made_from = build.record_of(TARGET, BLAS)
-    assert build.record_of(replace(TARGET), replace(BLAS)).key == made_from.key
-    keys = {made_from.key}
-    targets = [
-        replace(TARGET, torch="2.11.0+cpu"),
-        replace(TARGET, abi="cpython-312"),
-        replace(TARGET, platform="linux-aarch64"),
-        replace(TARGET, cuda=CUDA),
-        replace(TARGET, cuda=replace(CUDA, version=(13, 1))),
-        replace(TARGET, cuda=replace(CUDA, archs="8.0;9.0")),
-    ]
-    keys |= {build.record_of(target, BLAS).key for target in targets}
-    keys |= {build.record_of(TARGET, replace(BLAS, **change)).key for change in ({"version": "1"}, {"name": "other"})}
-    monkeypatch.setattr(build, "edits_for", lambda target: edits.EDITS[1:])
-    keys.add(build.record_of(TARGET, BLAS).key)
-    monkeypatch.setattr(build, "edits_for", lambda target: edits.edits_for(target))
-    monkeypatch.setattr(build, "setup_script", lambda: "another")
-    keys.add(build.record_of(TARGET, BLAS).key)
-    monkeypatch.setattr(build, "ENGINE_VERSION", "0.5.5")
-    keys.add(build.record_of(TARGET, BLAS).key)
-    assert len(keys) == 12
+def test_the_key_changes_with_every_ingredient(setup_script, monkeypatch):
+    made_from = build.record_of(None, BLAS)
+    assert build.record_of(None, replace(BLAS)).key == made_from.key
+    keys = [made_from.key]
+    keys += [replace(made_from, **{field.name: "other"}).key for field in fields(made_from)]
+    cudas = [CUDA, replace(CUDA, version=(13, 1)), replace(CUDA, archs="8.0;9.0")]
+    keys += [build.record_of(cuda, BLAS).key for cuda in cudas]
+    keys += [build.record_of(None, replace(BLAS, **change)).key for change in ({"version": "1"}, {"name": "other"})]
+    for place, name, value in (
+        (build.torch, "__version__", "2.11.0+other"),
+        (build.sysconfig, "get_config_var", lambda name: "cpython-399"),
+        (build.sysconfig, "get_platform", lambda: "linux-aarch64"),
+        (build, "edits_for", lambda device: edits.EDITS[1:]),
+        (build, "ENGINE_VERSION", "0.5.5"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            keys.append(build.record_of(None, BLAS).key)
+    setup_script.write_text("another")
+    keys.append(build.record_of(None, BLAS).key)
+    assert len(set(keys)) == len(keys) == 20
 
 
 @pytest.fixture
@@ -166,14 +167,12 @@ def environment(miniature, monkeypatch):
         done.append("installed")
         installed["record"] = carried_record(wheel)
 
-    real_build = build.build_wheel
-
     def counted_build(*args):
         done.append("built")
-        return real_build(*args)
+        return build.build_wheel(*args)
 
-    monkeypatch.setattr(install, "find_target", lambda device: TARGET)
-    monkeypatch.setattr(install, "find_blas", lambda compiler: BLAS)
+    monkeypatch.setattr(install, "find_cuda", lambda device: None)
+    monkeypatch.setattr(install, "find_blas", lambda: BLAS)
     monkeypatch.setattr(install, "get_archive", lambda source: miniature)
     monkeypatch.setattr(install, "build_wheel", counted_build)
     monkeypatch.setattr(install, "install_packages", put)
@@ -226,10 +225,13 @@ def test_a_wheel_is_tried_without_being_installed(tmp_path, text, problem):
 
 
 def test_a_cuda_build_reads_the_toolkits_headers_before_torchs(monkeypatch, tmp_path):
-    (tmp_path / "cu13" / "include").mkdir(parents=True)
-    monkeypatch.setattr(build, "_nvidia_packages", lambda: tmp_path)
-    assert build._cuda_include_dirs(CUDA) == [CUDA.home / "include", tmp_path / "cu13" / "include"]
-    assert build._cuda_include_dirs(None) == []
+    package = tmp_path / "nvidia" / "cu13"
+    (package / "include").mkdir(parents=True)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert build.cuda_flags(CUDA) == ([CUDA.home / "include", package / "include"], ["-lcusparse"])
+    (package / "lib").mkdir()
+    (package / "lib" / "libcusparse.so.12").touch()
+    assert build.cuda_flags(CUDA)[1] == [f"-L{package / 'lib'}", "-l:libcusparse.so.12"]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(environment, monkeypatch, tmp_path):
@@ -238,3 +240,42 @@ def test_a_cache_that_cannot_be_written_is_one_line(environment, monkeypatch, tm
     with pytest.raises(EngineError, match="Not a directory.*SPARK_ME_CACHE") as caught:
         install.install()
     assert "\n" not in str(caught.value)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("line", "drawn"),
+    [
+        ("[3/13] c++ -MF /b/x.o.d -c -c /tmp/me/src/convolution_cpu.cpp -o /b/src/convolution_cpu.o -O3", "3/13"),
+        ("  [10/20] nvcc -c src/gpu.cu -o gpu.o", "10/20"),
+        ("copying [1/2] file", None),
+        ("error: [x/y]", None),
+    ],
+)
+def test_steps_are_read_from_ninja(line, drawn):
+    stream = io.StringIO()
+    Progress("building", stream, clock=lambda: 0).read(line)
+    name = {"3/13": "convolution_cpu.cpp", "10/20": "gpu.cu"}.get(drawn)
+    assert stream.getvalue() == (f"building: {drawn}  0:00  {name}\n" if drawn else "")
+
+
+@pytest.mark.parametrize("stream", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere(stream):
+    seconds = iter(range(0, 1000, 65))
+    progress = Progress("building", stream, clock=lambda: next(seconds))
+    for line in ("[1/2] c++ a.cpp", "noise", "[2/2] c++ b.cpp"):
+        progress.read(line)
+        progress.tick()
+    progress.close()
+    text = stream.getvalue()
+    if stream.isatty():
+        assert text.count("\n") == 1
+        assert text.endswith("\n")
+        assert "2/2 files" in text.split("\r")[-1]
+        assert "1:05" in text.split("\r")[1]
+    else:
+        assert text == "building: 1/2  1:05  a.cpp\nbuilding: 2/2  2:10  b.cpp\n"

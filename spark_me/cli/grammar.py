@@ -39,7 +39,7 @@ class PrintVersions(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
         """Print them; the packages are not imported for it."""
-        from spark_me.engine.toolchain import installed_version
+        from spark_me.engine import installed_version
 
         others = [f"{name} {installed_version(name) or 'not installed'}" for name in ("torch", "MinkowskiEngine")]
         print(f"{parser.prog} {spark_me.__version__} ({', '.join(others)}, Python {platform.python_version()})")

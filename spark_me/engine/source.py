@@ -1,10 +1,10 @@
 """MinkowskiEngine's source archive: fetched, checked, unpacked without running its setup.py; and the per-user cache."""
 
 import fcntl
+import hashlib
 import os
 import stat
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,11 @@ from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple, Un
 
 from spark_me.engine import ENGINE_NAME, ENGINE_VERSION
 from spark_me.errors import EngineError
-from spark_me.files import sha256_of, write_text
+from spark_me.files import atomic_write, sha256_of, write_text
+
+ARCHIVE_NAME = f"{ENGINE_NAME}-{ENGINE_VERSION}.tar.gz"
+ARCHIVE_BYTES = 246_705
+ARCHIVE_SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
 
 
 def cache_dir() -> Path:
@@ -30,6 +34,18 @@ def make_dir(*parts: str) -> Path:
     directory = cache_dir().joinpath(*parts)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
+
+
+@contextmanager
+def locked(key: str) -> Iterator[None]:
+    """Hold the lock of one build; a second process waits here and then finds the finished wheel."""
+    with (make_dir("locks") / f"{key}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process is building this engine: waiting for it", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def cached_wheel(key: str) -> Path | None:
@@ -69,7 +85,7 @@ def store_wheel(wheel: Path, key: str) -> Path:
 def is_as_built(wheel: Path) -> bool:
     """Whether a wheel in the cache has the digest that was written when it was built."""
     try:
-        return _digest_file(wheel).read_text(encoding="ascii", errors="replace").strip() == sha256_of(wheel)
+        return _digest_file(wheel).read_bytes().strip() == sha256_of(wheel).encode()
     except OSError:
         return False
 
@@ -90,23 +106,6 @@ def _require_own(folder: Path) -> None:
             )
 
 
-@contextmanager
-def locked(key: str) -> Iterator[None]:
-    """Hold the lock of one build; a second process waits here and then finds the finished wheel."""
-    with (make_dir("locks") / f"{key}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("another process is building this engine: waiting for it", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-ARCHIVE_NAME = f"{ENGINE_NAME}-{ENGINE_VERSION}.tar.gz"
-ARCHIVE_BYTES = 246_705
-ARCHIVE_SHA256 = "b1879c00d0b0b1d30ba622cce239886a7e3c78ee9da1064cdfe2f64c2ab15f94"
-
-
 def get_archive(source: Path | None = None) -> Path:
     """The checked source archive: `source` if given, else the cached one, else a download.
 
@@ -114,19 +113,61 @@ def get_archive(source: Path | None = None) -> Path:
         EngineError: if it cannot be had, or is not the archive that our edits were written for.
     """
     if source is not None:
-        return _given_archive(source)
+        if not source.is_file():
+            raise EngineError(f"--source {source}: no such file; give the path of {ARCHIVE_NAME}")
+        _check(sha256_of(source), f"--source {source}")
+        return source
     cached = make_dir("source") / ARCHIVE_NAME
-    if cached.is_file() and sha256_of(cached) == ARCHIVE_SHA256:
-        return cached
-    _download(cached)
+    if not cached.is_file() or sha256_of(cached) != ARCHIVE_SHA256:
+        content = _download()
+        _check(hashlib.sha256(content).hexdigest(), f"the downloaded {ARCHIVE_NAME}")
+        with atomic_write(cached, alone=False) as file:
+            file.write(content)
     return cached
+
+
+def _check(found: str, what: str) -> None:
+    if found != ARCHIVE_SHA256:
+        raise EngineError(
+            f"{what} is not the {ENGINE_NAME} {ENGINE_VERSION} that spark_me builds: "
+            f"sha256 {found[:12]}…, expected {ARCHIVE_SHA256[:12]}…; nothing was kept"
+        )
+
+
+def _download() -> bytes:
+    """The archive from the index, and with the certificates, that pip is told to use; no more than its size."""
+    content = b""
+    try:
+        with PyPISimple(endpoint=os.environ.get("PIP_INDEX_URL") or PYPI_SIMPLE_ENDPOINT) as client:
+            client.s.verify = os.environ.get("PIP_CERT") or client.s.verify
+            packages = client.get_project_page(ENGINE_NAME, timeout=60).packages
+            urls = [package.url for package in packages if package.filename == ARCHIVE_NAME]
+            if not urls:
+                raise EngineError(
+                    f"the package index offers no {ARCHIVE_NAME}: get it elsewhere and pass --source FILE"
+                )
+            with client.s.get(urls[0], stream=True, timeout=60) as response:
+                response.raise_for_status()
+                for block in response.iter_content(1 << 16):
+                    content += block
+                    if len(content) > ARCHIVE_BYTES:  # a server may send for ever
+                        raise EngineError(
+                            f"the downloaded {ARCHIVE_NAME} is larger than the {ENGINE_NAME} {ENGINE_VERSION} that "
+                            "spark_me builds; nothing was kept: check PIP_INDEX_URL, or pass --source FILE"
+                        )
+    except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError) as error:
+        raise EngineError(
+            f"{ARCHIVE_NAME} cannot be downloaded ({type(error).__name__}): check the network or PIP_INDEX_URL, "
+            "or pass --source FILE"
+        ) from error
+    return content
 
 
 def unpack(archive: Path, directory: Path) -> Path:
     """Unpack the archive below `directory` and return the source tree.
 
-    Only files and folders that stay inside are written. (tarfile's own filter does this too, but is missing from the
-    Python 3.11.2 of Debian 12.)
+    Only files that stay inside are written. (tarfile's own filter does this too, but is missing from the Python 3.11.2
+    of Debian 12.)
 
     Raises:
         EngineError: if the archive is damaged, or holds anything else.
@@ -135,93 +176,12 @@ def unpack(archive: Path, directory: Path) -> Path:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                _unpack_member(tar, member, root)
+                path = (root / member.name).resolve()
+                if not path.is_relative_to(root) or not (member.isfile() or member.isdir()):
+                    raise ValueError(f"{member.name} is no file or folder, or would land outside")
+                if content := tar.extractfile(member):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content.read())
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise EngineError(f"{archive} cannot be unpacked ({error}): delete it and run again") from error
     return directory / f"{ENGINE_NAME}-{ENGINE_VERSION}"
-
-
-def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, root: Path) -> None:
-    path = (root / member.name).resolve()
-    if not path.is_relative_to(root):
-        raise ValueError(f"{member.name} would land outside")
-    if member.isdir():
-        path.mkdir(parents=True, exist_ok=True)
-    elif content := tar.extractfile(member) if member.isfile() else None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.read())
-    else:
-        raise ValueError(f"{member.name} is neither a file nor a folder")
-
-
-def _given_archive(source: Path) -> Path:
-    if not source.is_file():
-        raise EngineError(f"--source {source}: no such file; give the path of {ARCHIVE_NAME}")
-    _check(source, f"--source {source}")
-    return source
-
-
-def _download(destination: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=destination.parent, prefix=ARCHIVE_NAME)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        _fetch(partial)
-        _check(partial, f"the downloaded {ARCHIVE_NAME}")
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, destination)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _fetch(destination: Path) -> None:
-    """Download the archive with the index and the certificates that pip is told to use."""
-    try:
-        with PyPISimple(endpoint=os.environ.get("PIP_INDEX_URL") or PYPI_SIMPLE_ENDPOINT) as client:
-            if certificates := os.environ.get("PIP_CERT"):
-                client.s.verify = certificates
-            page = client.get_project_page(ENGINE_NAME, timeout=60)
-            packages = [package for package in page.packages if package.filename == ARCHIVE_NAME]
-            if not packages:
-                raise EngineError(
-                    f"the package index offers no {ARCHIVE_NAME}: get it elsewhere and pass --source FILE"
-                )
-            # Our own pinned digest is checked afterwards, whatever the index claims.
-            client.download_package(packages[0], destination, verify=False, timeout=60, progress=_AtMost)
-    except (requests.RequestException, NoSuchProjectError, UnsupportedContentTypeError) as error:
-        raise EngineError(
-            f"{ARCHIVE_NAME} cannot be downloaded ({type(error).__name__}): check the network or PIP_INDEX_URL, "
-            "or pass --source FILE"
-        ) from error
-
-
-class _AtMost:
-    """Ends a download that is larger than the archive, which is of one size: a server may send for ever."""
-
-    def __init__(self, announced: int | None) -> None:
-        self._received = 0
-
-    def __enter__(self) -> "_AtMost":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def update(self, received: int) -> None:
-        """Note that so many more bytes have come."""
-        self._received += received
-        if self._received > ARCHIVE_BYTES:
-            raise EngineError(
-                f"the downloaded {ARCHIVE_NAME} is larger than the {ENGINE_NAME} {ENGINE_VERSION} that spark_me "
-                "builds; nothing was kept: check PIP_INDEX_URL, or pass --source FILE"
-            )
-
-
-def _check(archive: Path, what: str) -> None:
-    found = sha256_of(archive)
-    if found != ARCHIVE_SHA256:
-        raise EngineError(
-            f"{what} is not the {ENGINE_NAME} {ENGINE_VERSION} that spark_me builds: "
-            f"sha256 {found[:12]}…, expected {ARCHIVE_SHA256[:12]}…; nothing was kept"
-        )

@@ -7,10 +7,10 @@ import sysconfig
 import pytest
 import torch
 
-from spark_me.engine import target, toolchain
+from spark_me.engine import toolchain
 from spark_me.errors import EngineError
 
-PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+PYTHON = toolchain.PYTHON
 
 
 @pytest.fixture
@@ -33,23 +33,39 @@ def programs(monkeypatch, tmp_path):
 
 def test_a_missing_compiler_names_the_apt_command(programs):
     with pytest.raises(EngineError, match=r"sudo apt-get install g\+\+"):
-        toolchain.require_compiler()
+        toolchain.require_build_tools()
+    assert toolchain.compiler_version() == "none: sudo apt-get install g++"
     compiler = programs("c++", "echo 'c++ (Test) 1.2.3'; echo more")
-    assert toolchain.require_compiler() == compiler
-    assert toolchain.compiler_version(compiler) == "c++ (Test) 1.2.3"
+    assert toolchain.find_compiler() == compiler
+    assert toolchain.compiler_version() == "c++ (Test) 1.2.3"
 
 
 def test_the_compiler_of_the_environment_wins(programs, monkeypatch):
     programs("c++", "")
     clang = programs("clang++", "")
     monkeypatch.setenv("CXX", "clang++")
-    assert toolchain.require_compiler() == clang
+    assert toolchain.find_compiler() == clang
+
+
+def test_versions_are_told_without_the_packages_that_building_needs():
+    code = "import sys; sys.modules['requests'] = None; from spark_me.cli import main; main(['--version'])"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0 and "MinkowskiEngine 0.5.4" in said.stdout, said.stderr
 
 
 def test_missing_build_packages_are_named(monkeypatch):
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="setuptools, wheel"):
-        toolchain.require_build_packages()
+        toolchain.require_build_tools()
+
+
+def test_a_failed_package_installation_gives_the_installers_last_words(monkeypatch, tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text("#!/bin/sh\necho resolving\necho '  error: no disk' >&2\nexit 2\n")
+    uv.chmod(0o755)
+    monkeypatch.setattr(toolchain, "scripts_path", lambda: str(tmp_path))
+    with pytest.raises(EngineError, match="engine.whl cannot be installed into .*: error: no disk"):
+        toolchain.install_packages("/cache/engine.whl", reinstall=True)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +161,7 @@ def make_openblas(folder, product):
 def test_a_system_openblas_is_taken_if_it_computes(monkeypatch, tmp_path, product, name):
     flags = make_openblas(tmp_path, product)
     monkeypatch.setattr(toolchain, "_system_flags", lambda: iter([([], ["-lno_such_library"]), flags]))
-    found = toolchain.find_blas(toolchain.require_compiler())
+    found = toolchain.find_blas()
     assert found.name == name
     if name == "openblas":
         assert found.version == "9.8.7"
@@ -167,13 +183,14 @@ def test_the_pypi_package_is_installed_at_its_pinned_version(monkeypatch, tmp_pa
     wanted = []
     monkeypatch.setattr(toolchain, "install_packages", lambda *requirements: wanted.extend(requirements))
     monkeypatch.setattr(toolchain, "installed_version", lambda name: "0.1")
-    ready = toolchain.prepare_blas(toolchain.find_blas(None))
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: None)
+    ready = toolchain.prepare_blas(toolchain.find_blas())
     assert wanted == [f"scipy-openblas32=={toolchain.PYPI_VERSION}"] == [ready.requirement]
     assert f"-I{home}/include" in ready.compile_flags
     assert "-Dcblas_dgemm=scipy_cblas_dgemm" in ready.compile_flags
     assert "-Wl,-rpath,$ORIGIN/../scipy_openblas32/lib" in ready.link_flags
     monkeypatch.setattr(toolchain, "installed_version", lambda name: toolchain.PYPI_VERSION)
-    assert toolchain.prepare_blas(toolchain.find_blas(None)) == ready
+    assert toolchain.prepare_blas(toolchain.find_blas()) == ready
     assert len(wanted) == 1
 
 
@@ -184,53 +201,61 @@ def gpu_torch(programs, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(target, "_DEFAULT_CUDA_HOME", str(tmp_path / "none"))
+    monkeypatch.setattr(toolchain, "_DEFAULT_CUDA_HOME", str(tmp_path / "none"))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
     monkeypatch.delenv("CUDA_PATH", raising=False)
     return tmp_path / "cuda"
 
 
-def make_toolkit(home, release):
+def make_toolkit(home, version="release 13.0, V13.0.88"):
     (home / "include").mkdir(parents=True)
     (home / "include" / "cuda_runtime.h").touch()
     (home / "bin").mkdir()
     nvcc = home / "bin" / "nvcc"
-    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, {version}'\n")
     nvcc.chmod(0o755)
 
 
 def test_without_a_gpu_the_build_is_for_the_cpu(gpu_torch):
-    make_toolkit(gpu_torch, "13.0")
-    assert target.find_target().device == "cpu"
+    make_toolkit(gpu_torch)
+    assert toolchain.find_cuda() is None
 
 
 def test_forced_cuda_names_what_is_missing(gpu_torch, monkeypatch):
     with pytest.raises(EngineError, match="CUDA toolkit 13.0"):
-        target.find_target("cuda")
-    make_toolkit(gpu_torch, "13.0")
+        toolchain.find_cuda("cuda")
+    make_toolkit(gpu_torch)
     with pytest.raises(EngineError, match="TORCH_CUDA_ARCH_LIST"):
-        target.find_target("cuda")
+        toolchain.find_cuda("cuda")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    assert target.find_target("cuda").cuda == target.Cuda(gpu_torch, (13, 0), "8.0;9.0")
+    assert toolchain.find_cuda("cuda") == toolchain.Cuda(gpu_torch, (13, 0), "8.0;9.0")
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(EngineError, match="without CUDA"):
-        target.find_target("cuda")
+        toolchain.find_cuda("cuda")
 
 
-def test_a_toolkit_of_another_major_version_is_refused(gpu_torch):
-    make_toolkit(gpu_torch, "12.4")
-    with pytest.raises(EngineError, match=r"nvcc in .* is 12\.4.*CUDA 13\.0"):
-        target.find_target("cuda")
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("release 12.4, V12.4.88", r"nvcc in .* is 12\.4.*CUDA 13\.0"),
+        ("nothing", "nvcc does not tell its version: reinstall"),
+        ("'; exit 3; '", "nvcc does not run .*exit status 3.*: reinstall"),
+    ],
+)
+def test_a_toolkit_that_does_not_fit_is_refused(gpu_torch, release, said):
+    make_toolkit(gpu_torch, release)
+    with pytest.raises(EngineError, match=said):
+        toolchain.find_cuda("cuda")
 
 
 def test_a_gpu_decides_unless_the_cpu_is_forced(gpu_torch, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index else (8, 6))
-    assert target.find_target().device == "cpu"
+    assert toolchain.find_cuda() is None
     assert "no nvcc: building for the CPU" in capsys.readouterr().out
-    make_toolkit(gpu_torch, "13.0")
-    found = target.find_target()
-    assert found.cuda is not None
-    assert found.cuda.archs == "8.6;9.0"
-    assert target.find_target("cpu").device == "cpu"
+    make_toolkit(gpu_torch)
+    found = toolchain.find_cuda()
+    assert found is not None
+    assert found.archs == "8.6;9.0"
+    assert toolchain.find_cuda("cpu") is None
