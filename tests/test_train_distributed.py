@@ -19,9 +19,9 @@ from spark_me.errors import UserError
 from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import Precision
-from spark_me.train.pretrain import Pretraining, require_even_split
+from spark_me.train.pretrain import Pretraining
 from spark_me.train.schedules import build_optimizer, build_schedule
-from spark_me.train.step import Inputs, Stepper
+from spark_me.train.step import Inputs, Stepper, split_batch
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -121,8 +121,8 @@ def test_processes_and_micro_batches_equal_one_big_batch(folder: Path, name: str
 
 
 def test_a_batch_that_does_not_split_names_the_nearest_that_do() -> None:
-    require_even_split(16, 2, 4)
+    assert split_batch(16, 2, 4) == 2
     with pytest.raises(UserError, match=r"batch_size=20 .* 2 processes × train.accumulate=4: .* is 16 and 24"):
-        require_even_split(20, 2, 4)
+        split_batch(20, 2, 4)
     with pytest.raises(UserError, match="nearest that does is 8"):
-        require_even_split(3, 2, 4)
+        split_batch(3, 2, 4)
