@@ -65,24 +65,24 @@ def test_all_tables_are_shaped_by_the_host(visible):
     with Copies() as copies:
         pyramid = sparse.Pyramid(visible, 8, "native", META)
         tables = pyramid.neighbours
-        shapes = [tables.of_sites(window).shape for window in WINDOWS]
+        shapes = [tables.inputs_of_outputs(window).shape for window in WINDOWS]
         shapes += [tables.counts(window).shape for window in WINDOWS]
         shapes += [tables.mirrored(window).shape for window in WINDOWS]
-        shapes += [tables.of_tiles(*halo(stride)).shape for stride in pyramid.strides]
-        shapes += [tables.outside_of_map(*halo(stride)).shape for stride in pyramid.strides]
+        shapes += [tables.tiles(*halo(stride)).shape for stride in pyramid.strides]
+        shapes += [tables.outside_of_tiles(*halo(stride)).shape for stride in pyramid.strides]
         for stride in pyramid.strides:
             assert tables.sites(stride) == len(pyramid.raster_index(stride)) == len(pyramid.coordinates(stride))
             assert pyramid.image_index(stride).device == META
     assert shapes == [
-        *(expected.of_sites(window).shape for window in WINDOWS),
+        *(expected.inputs_of_outputs(window).shape for window in WINDOWS),
         *(expected.counts(window).shape for window in WINDOWS),
         *(expected.mirrored(window).shape for window in WINDOWS),
-        *(expected.of_tiles(*halo(stride)).shape for stride in pyramid.strides),
-        *(expected.outside_of_map(*halo(stride)).shape for stride in pyramid.strides),
+        *(expected.tiles(*halo(stride)).shape for stride in pyramid.strides),
+        *(expected.outside_of_tiles(*halo(stride)).shape for stride in pyramid.strides),
     ]
     mask = tuple(visible.shape)
     patches = (int(visible.sum()), 3)
-    assert sorted(copies.shapes) == sorted([mask, mask, mask, patches])  # mask twice, patches, their numbers
+    assert sorted(copies.shapes) == sorted([mask, mask, patches])  # the mask, the patches, their numbers
 
 
 def test_the_guards_can_fail(visible):
@@ -113,7 +113,7 @@ def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypat
         loss.backward()
     assert loss.shape == () and all(parameter.grad is not None for parameter in model.parameters())
     # what the pyramid and its tables need, and which patches are reconstructed (and which have nodata)
-    assert len(copies.shapes) == 5 + with_nodata
+    assert len(copies.shapes) == 4 + with_nodata
 
 
 def _pairs(self: Neighbours, window: Window) -> list[Pairs]:

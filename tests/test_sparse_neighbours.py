@@ -1,7 +1,10 @@
-"""The native backend's tables against MinkowskiEngine's own kernel maps and a plain loop."""
+"""Neighbour tables against MinkowskiEngine's own kernel maps and plain loops, and without real data."""
 
 import pytest
+import torch
+from conftest import contract_masks
 from masked_convolutions import square_window
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_me import sparse
 from spark_me.sparse.neighbours import Neighbours, Window
@@ -10,34 +13,37 @@ WINDOWS = [
     square_window(*settings)
     for settings in [
         (1, 3, 1), (1, 7, 2), (2, 3, 2), (4, 3, 2), (2, 2, 2), (2, 4, 4), (4, 3, 1), (8, 3, 1), (8, 5, 1), (1, 7, 1),
-        (1, 3, 1, 2), (2, 5, 2, 3), (4, 2, 2, 2), (8, 7, 1, 2),
+        (1, 1, 2), (1, 3, 1, 2), (2, 5, 2, 3), (4, 2, 2, 2), (8, 7, 1, 2), (1, 3, 4), (1, 4, 2), (4, 7, 2, 3),
     ]
-]  # fmt: skip
-RECTANGLES = [
+] + [
     Window(in_stride, size, stride, dilation, (0, 0)).in_engine
     for in_stride, size, stride, dilation in [
-        (2, (1, 7), 1, (1, 1)), (4, (7, 1), 1, (1, 1)), (2, (3, 5), 2, (1, 2)), (8, (1, 11), 1, (1, 1)),
+        (2, (1, 7), 1, (1, 1)), (4, (7, 1), 1, (1, 1)), (2, (3, 5), 2, (1, 2)), (2, (3, 5), 2, (2, 1)),
+        (8, (1, 11), 1, (1, 1)), (8, (11, 1), 1, (1, 1)),
     ]
 ]  # fmt: skip
 ELSEWHERE = [
     square_window(2, 3, 2)._replace(before=(0, 0)),
     square_window(4, 3, 2, 2)._replace(before=(1, 2)),
     square_window(2, 4, 2)._replace(before=(1, 1)),
+    square_window(4, 4, 2)._replace(before=(1, 1)),
     square_window(8, 2)._replace(before=(1, 0)),
     square_window(2, 2, 2)._replace(before=(-1, 1)),
     Window(2, (3, 5), 2, (1, 1), (0, 4)),
     Window(8, (1, 3), 1, (1, 4), (0, 8)),
+    Window(2, (2, 3), 2, (1, 3), (-1, 6)),
 ]
 """Kernels that start elsewhere than the engine's."""
 
 
 def entries(neighbours, window):
     """(offset, input row, output row) of the table of sites and of the pairs."""
-    missing = neighbours.sites(window.in_stride)
+    table, missing = neighbours.inputs_of_outputs(window), neighbours.sites(window.in_stride)
+    assert table.dtype == torch.int32 and table.is_contiguous()
     from_table = {
         (offset, row_in, row_out)
-        for row_out, rows_in in enumerate(neighbours.of_sites(window).tolist())
-        for offset, row_in in enumerate(rows_in)
+        for offset, rows_in in enumerate(table.tolist())
+        for row_out, row_in in enumerate(rows_in)
         if row_in != missing
     }
     from_pairs = {
@@ -53,7 +59,7 @@ def numbered(pyramid, stride):
     return {(b, y // stride, x // stride): row for row, (b, y, x) in enumerate(pyramid.coordinates(stride).tolist())}
 
 
-@pytest.mark.parametrize("window", WINDOWS + RECTANGLES)
+@pytest.mark.parametrize("window", WINDOWS)
 def test_tables_equal_the_engines_kernel_maps(window, visible):
     pyramid = sparse.Pyramid(visible, 8)
     kernel_map = pyramid.kernel_map(
@@ -71,7 +77,7 @@ def test_tables_equal_the_engines_kernel_maps(window, visible):
     assert entries(pyramid.neighbours, window) == (expected, expected)
 
 
-@pytest.mark.parametrize("window", WINDOWS[2:5] + RECTANGLES + ELSEWHERE)
+@pytest.mark.parametrize("window", WINDOWS + ELSEWHERE)
 def test_tables_equal_a_loop_over_sites(window, visible):
     pyramid = sparse.Pyramid(visible, 8)
     row_of, expected = numbered(pyramid, window.in_stride), set()
@@ -92,7 +98,7 @@ def test_mirrored_tables_have_the_maps_sites_in_the_place_of_those_outside(windo
     pyramid = sparse.Pyramid(visible, 8)
     _, *lengths = pyramid.extent(window.in_stride)
     row_of = numbered(pyramid, window.in_stride)
-    table = pyramid.neighbours.mirrored(window).tolist()
+    table = pyramid.neighbours.mirrored(window).t().tolist()
     for (image, *place), row_out in numbered(pyramid, window.out_stride).items():
         for offset, row_in in enumerate(table[row_out]):
             axes = []
@@ -106,7 +112,7 @@ def test_mirrored_tables_have_the_maps_sites_in_the_place_of_those_outside(windo
 
 def test_outside_of_map_is_beyond_the_border(visible):
     neighbours, first, length = Neighbours(visible, 8), (-2, -5), (7, 10)
-    outside = neighbours.outside_of_map(2, first, length)
+    outside = neighbours.outside_of_tiles(2, first, length)
     for number, (_, row, column) in enumerate(visible.nonzero().tolist()):
         for down in range(length[0]):
             for across in range(length[1]):
@@ -114,7 +120,7 @@ def test_outside_of_map_is_beyond_the_border(visible):
                 assert outside[number, down, across] == (not (0 <= y < 12 and 0 <= x < 16))
 
 
-@pytest.mark.parametrize("window", WINDOWS + RECTANGLES + ELSEWHERE)
+@pytest.mark.parametrize("window", WINDOWS + ELSEWHERE)
 def test_counts_are_the_neighbours_present(window, visible):
     neighbours = Neighbours(visible, 8)
     expected = [[0] for _ in range(neighbours.sites(window.out_stride))]
@@ -130,7 +136,7 @@ def test_tiles_hold_each_patch_and_its_halo(visible):
     row_of = {}
     for image, y, x in [tuple(site) for site in sparse.Pyramid(visible, 8).coordinates(2).tolist()]:
         row_of[image, y // 2, x // 2] = len(row_of)
-    tiles = neighbours.of_tiles(2, first, length)
+    tiles = neighbours.tiles(2, first, length)
     for number, (image, row, column) in enumerate(visible.nonzero().tolist()):
         for down in range(length[0]):
             for across in range(length[1]):
@@ -158,8 +164,57 @@ def test_pairs_to_raster_reach_every_place_beside_a_site(stride, visible):
     assert pairs == expected
 
 
-def test_tables_are_built_once(visible):
+@pytest.mark.parametrize("window", WINDOWS + ELSEWHERE)
+def test_the_transposed_table_leads_back(window, visible):
     neighbours = Neighbours(visible, 8)
-    window = square_window(4, 3)
-    assert neighbours.of_sites(window) is neighbours.of_sites(window)
-    assert neighbours.pairs(window) is neighbours.pairs(window)
+    inputs, outputs = neighbours.sites(window.in_stride), neighbours.sites(window.out_stride)
+    expected = torch.full((window.volume, inputs), outputs, dtype=torch.int32)
+    for offset, rows in enumerate(neighbours.inputs_of_outputs(window).tolist()):
+        for output, row in enumerate(rows):
+            if row < inputs:
+                assert expected[offset, row] == outputs  # else an input would have two outputs
+                expected[offset, row] = output
+    table = neighbours.outputs_of_inputs(window)
+    assert table.dtype == torch.int32 and table.is_contiguous()
+    assert torch.equal(table, expected)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("stride", [2, 8])
+def test_tables_of_the_dense_map_and_back(stride, kernel_size, visible):
+    pyramid = sparse.Pyramid(visible, 8)
+    images, height, width = pyramid.extent(stride)
+    row_of = numbered(pyramid, stride)
+    table = pyramid.neighbours.inputs_of_places(stride, kernel_size)
+    transposed = pyramid.neighbours.places_of_inputs(stride, kernel_size)
+    places = images * height * width
+    assert table.shape == (kernel_size**2, places) and transposed.shape == (kernel_size**2, len(row_of))
+    assert table.dtype == transposed.dtype == torch.int32
+    expected = torch.full_like(transposed, places)
+    for place, rows in enumerate(table.t().tolist()):
+        image, y, x = place // (height * width), place // width % height, place % width
+        for offset, row in enumerate(rows):
+            across, down = offset // kernel_size - kernel_size // 2, offset % kernel_size - kernel_size // 2
+            assert row == row_of.get((image, y + down, x + across), len(row_of))
+            if row < len(row_of):
+                expected[offset, row] = place
+    assert torch.equal(transposed, expected)
+
+
+def test_tables_are_built_once(visible):
+    neighbours, window = Neighbours(visible, 8), square_window(2, 3, 2)
+    for build in (neighbours.inputs_of_outputs, neighbours.outputs_of_inputs, neighbours.pairs):
+        assert build(window) is build(window)
+    for build in (neighbours.inputs_of_places, neighbours.places_of_inputs, neighbours.pairs_to_raster):
+        assert build(4, 3) is build(4, 3)
+
+
+def test_no_shape_depends_on_the_masks_values():
+    """What follows the constructor runs without data: on a GPU it never waits for the device."""
+    neighbours = Neighbours(contract_masks(), 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for window in WINDOWS[:4] + ELSEWHERE:
+            assert neighbours.inputs_of_outputs(window).shape == (window.volume, neighbours.sites(window.out_stride))
+            assert neighbours.outputs_of_inputs(window).shape == (window.volume, neighbours.sites(window.in_stride))
+        assert neighbours.inputs_of_places(4, 3).shape == (9, 6 * 6 * 8)
+        assert neighbours.places_of_inputs(4, 3).shape == (9, neighbours.sites(4))

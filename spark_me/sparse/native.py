@@ -130,7 +130,7 @@ def max_pool(rows: Tensor, window: Window, neighbours: Neighbours, zero_padding:
     pool = _max_pool
     if zero_padding:
         (top, left), shape = window.before, tile_shape(window, neighbours)
-        outside = neighbours.outside_of_map(window.in_stride, (-top, -left), shape)
+        outside = neighbours.outside_of_tiles(window.in_stride, (-top, -left), shape)
         pool = partial(_max_pool, outside=outside[:, None])
     return _TilePool.apply(rows, window, neighbours, pool, float("-inf"))
 

@@ -1,13 +1,18 @@
 """Which input rows lie under the kernel of each output: index tables, and tiles, shared by all layers of a scale."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import wraps
+from math import prod
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from spark_me.devices import copy_to
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 class Reads(NamedTuple):
@@ -21,10 +26,10 @@ class Reads(NamedTuple):
     """Places p along a patch's side."""
     offsets: int
     """Kernel offsets k along an axis."""
-    scale: int
-    step: int
     first: int
-    divisor: int
+    scale: int = 1
+    step: int = 1
+    divisor: int = 1
 
     def reach(self, side: int) -> int:
         """How many patches of `side` sites away the positions lie at most."""
@@ -38,14 +43,14 @@ def rows_read(reads: tuple[Reads, Reads], around: Tensor, side: int, missing: in
     """The row that every place reads under every kernel offset, numbered as MinkowskiEngine does (y varies fastest).
 
     Args:
-        reads: along each axis, (down, across), of as many places.
-        around: [patches, w, w], the numbers of the visible patches around each patch, w = 2·reach + 1; where there is
-            none, one past the last.
+        reads: along each axis, (down, across).
+        around: int32 [patches, w, w], the numbers of the patches around each patch; where there is none, one past the
+            last.
         side: sites along a patch's side of what is read.
         missing: N, the number of rows, for places that read nothing.
 
     Returns:
-        int32 [K, patches · places²], places patch by patch and row-major within a patch.
+        int32 [K, patches · places], places patch by patch and row-major within a patch.
     """
     patches, width = around.shape[:2]
     (exact_y, patch_y, within_y), (exact_x, patch_x, within_x) = (
@@ -55,7 +60,7 @@ def rows_read(reads: tuple[Reads, Reads], around: Tensor, side: int, missing: in
     cell = (within_y[:, :, None] * side + within_x[:, None, None, :]).flatten(2).flatten(0, 1)
     index = (patch_y[:, :, None] * width + patch_x[:, None, None, :]).flatten(2).flatten(0, 1)
     exact = (exact_y[:, :, None] & exact_x[:, None, None, :]).flatten(2).flatten(0, 1)
-    numbers = functional.pad(around.flatten(1).int(), (0, 1), value=missing // side**2)
+    numbers = functional.pad(around.flatten(1), (0, 1), value=missing // side**2)
     index = torch.where(exact, index, width**2)
     rows = numbers[torch.arange(patches, device=around.device)[:, None], index[:, None]]  # K patch place
     return rows.mul_(side**2).add_(cell[:, None].int()).clamp_(max=missing).flatten(1)
@@ -71,16 +76,16 @@ def _cells(reads: Reads, side: int, width: int, device: torch.device) -> tuple[T
 
 
 def around_places(numbers: Tensor, reach: int, missing: int) -> Tensor:
-    """The numbers around every place of a grid: [B, fh, fw] → [B·fh·fw, w, w], w = 2·reach + 1.
+    """The numbers around every place of a grid: [B, fh, fw] → a view [B, fh, fw, w, w], w = 2·reach + 1.
 
     Args:
-        numbers: of the visible patches; `missing` where a patch is hidden.
+        numbers: of the patches.
         reach: how far around.
         missing: for places beyond the grid.
     """
     width = 2 * reach + 1
     padded = functional.pad(numbers, [reach] * 4, value=missing)
-    return padded.unfold(1, width, 1).unfold(2, width, 1).reshape(-1, width, width)
+    return padded.unfold(1, width, 1).unfold(2, width, 1)
 
 
 MIN_TILE_SIDE = 8
@@ -112,6 +117,11 @@ class Window(NamedTuple):
         return self.size[0] * self.size[1]
 
     @property
+    def axes(self) -> Iterator[tuple[int, int, int]]:
+        """(size, dilation, before) down, then across."""
+        return zip(self.size, self.dilation, self.before)
+
+    @property
     def span(self) -> Pair:
         """How many input sites the kernel covers along each axis, from the first to the last."""
         down, across = (step * (size - 1) + 1 for step, size in zip(self.dilation, self.size))
@@ -140,6 +150,19 @@ class Pairs(NamedTuple):
     """int64 [pairs], output rows, ascending."""
 
 
+def _once(build: Method) -> Method:
+    """Keep what a method of `Neighbours` returned for the same arguments."""
+
+    @wraps(build)
+    def built(self: "Neighbours", *arguments: Any) -> Any:
+        key = (build.__name__, *arguments)
+        if key not in self._built:
+            self._built[key] = build(self, *arguments)
+        return self._built[key]
+
+    return cast(Method, built)
+
+
 class Neighbours:
     """Index tables of one pyramid, built on first use. A missing neighbour is numbered N, one past the last row."""
 
@@ -152,13 +175,13 @@ class Neighbours:
         """
         device = visible.device if device is None else device
         on_host = visible.cpu()
+        patches = on_host.nonzero()
+        numbers = on_host.flatten().cumsum(0, dtype=torch.int32).sub_(1).view(on_host.shape)
         self.patch_size = patch_size
-        self._patches = copy_to(on_host.nonzero(), device)
-        # Number of the visible patch at every place of the grid, counted in canonical order.
-        self._patch_number = copy_to(on_host.flatten().cumsum(0).sub(1).view(on_host.shape), device)
-        self._visible = copy_to(on_host, device)
-        self._tables: dict[tuple, Tensor] = {}
-        self._pairs: dict[tuple, list[Pairs]] = {}
+        self._patches = copy_to(patches, device)
+        # Number of the visible patch at every place of the grid, counted in canonical order; M where it is hidden.
+        self._numbers = copy_to(numbers.masked_fill_(~on_host, len(patches)), device)
+        self._built: dict[tuple, Any] = {}
 
     def sites(self, stride: int) -> int:
         """N at `stride`."""
@@ -168,6 +191,11 @@ class Neighbours:
         """Sites along a patch's side at `stride`."""
         return self.patch_size // stride
 
+    def extent(self, stride: int) -> tuple[int, int, int]:
+        """(B, H/s, W/s): the dense shape that the sites of `stride` lie in."""
+        images, rows, columns = self._numbers.shape
+        return images, rows * self.side(stride), columns * self.side(stride)
+
     def positions(self, stride: int) -> tuple[Tensor, Tensor, Tensor]:
         """Image, y and x of every site at `stride`, y and x counted in sites: three int64 [N], canonical order."""
         side = self.side(stride)
@@ -176,201 +204,145 @@ class Neighbours:
         image, y, x = torch.broadcast_tensors(image, row * side + within[:, None], column * side + within)
         return image.flatten(), y.flatten(), x.flatten()
 
-    def of_sites(self, window: Window) -> Tensor:
-        """int64 [N_out, K]: the input row under each kernel offset of each output site."""
-        key = ("sites", window)
-        if key not in self._tables:
-            side, device = self.side(window.out_stride), self._patches.device
-            # position within the patch of output row i under kernel offset j, along each axis: [side, k]
-            down, across = (
-                torch.arange(side, device=device)[:, None] * window.stride
-                + torch.arange(size, device=device) * dilation
-                - before
-                for size, dilation, before in zip(window.size, window.dilation, window.before)
-            )
-            table = self._rows_at(down.flatten(), across.flatten(), window.in_stride)
-            table = table.view(-1, side, window.size[0], side, window.size[1])  # M y ky x kx
-            self._tables[key] = table.permute(0, 1, 3, 4, 2).reshape(-1, window.volume)
-        return self._tables[key]
+    @_once
+    def inputs_of_outputs(self, window: Window) -> Tensor:
+        """int32 [K, N_out]: the input row under each kernel offset of each output; N_in where there is none."""
+        return self._read(self._inputs(window), window.in_stride)
 
-    def of_tiles(self, stride: int, first: Pair, length: Pair) -> Tensor:
-        """int64 [M, length[0], length[1]]: the rows of `stride` in a rectangle around each visible patch.
+    @_once
+    def outputs_of_inputs(self, window: Window) -> Tensor:
+        """int32 [K, N_in], its transpose: the output that has an input under a kernel offset; N_out if none has."""
+        side = self.side(window.in_stride)
+        down, across = (
+            Reads(side, size, first=before, step=-dilation, divisor=window.stride)
+            for size, dilation, before in window.axes
+        )
+        return self._read((down, across), window.out_stride)
+
+    @_once
+    def inputs_of_places(self, stride: int, kernel_size: int) -> Tensor:
+        """int32 [K, B·h·w]: as `inputs_of_outputs` of an odd, centred kernel, for every place of the dense map."""
+        side, patches = self.side(stride), len(self._patches)
+        reads = Reads(side, kernel_size, first=-(kernel_size // 2))
+        around = around_places(self._numbers, reads.reach(side), patches)
+        table = rows_read((reads, reads), around.flatten(0, 2), side, self.sites(stride))
+        table = table.view(-1, *self._numbers.shape, side, side).transpose(3, 4)  # K b row y column x
+        return table.reshape(kernel_size**2, -1)
+
+    @_once
+    def places_of_inputs(self, stride: int, kernel_size: int) -> Tensor:
+        """int32 [K, N], its transpose: the place that has a row under a kernel offset; B·h·w outside the map."""
+        images, height, width = self.extent(stride)
+        image, y, x = self.positions(stride)
+        offset = torch.arange(kernel_size, device=image.device)[:, None] - kernel_size // 2
+        y, x = y - offset, (x - offset)[:, None]  # across down N
+        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        table = torch.where(inside, (image * height + y) * width + x, images * height * width)
+        return table.int().flatten(0, 1)
+
+    @_once
+    def around(self, reach: int) -> Tensor:
+        """int32 [M, w, w], w = 2·reach + 1: the numbers of the visible patches around each; M where there is none."""
+        return self._at_patches(around_places(self._numbers, reach, len(self._patches)))
+
+    @_once
+    def tiles(self, stride: int, first: Pair, length: Pair) -> Tensor:
+        """int32 [M, length[0], length[1]]: the rows of `stride` in a rectangle around each visible patch.
 
         Args:
             stride: tensor stride of the rows.
             first: where the rectangle starts, in sites from the patch's corner (negative: before it).
             length: the rectangle's sides in sites.
         """
-        key = ("tiles", stride, first, length)
-        if key not in self._tables:
-            device = self._patches.device
-            down, across = (torch.arange(start, start + count, device=device) for start, count in zip(first, length))
-            self._tables[key] = self._rows_at(down, across, stride)
-        return self._tables[key]
+        return self._read(_rectangle(first, length), stride).view(-1, *length)
 
-    def outside_of_map(self, stride: int, first: Pair, length: Pair) -> Tensor:
-        """bool [M, length[0], length[1]]: which places of the rectangles of `of_tiles` lie beyond the map."""
-        side = self.side(stride)
-        _, *corners = self._patches.unbind(1)
-        down, across = (
-            (position < 0) | (position >= patches * side)
-            for position, patches in zip(
-                (
-                    corner[:, None] * side + torch.arange(start, start + count, device=corner.device)
-                    for corner, start, count in zip(corners, first, length)
-                ),
-                self._visible.shape[1:],
-            )
-        )
-        return down[:, :, None] | across[:, None, :]
-
-    def mirrored(self, window: Window) -> Tensor:
-        """As `of_sites`, with the sites inside the map, mirrored at its edge, in the place of those outside."""
-        side, (_, *grid) = self.side(window.in_stride), self._visible.shape
-        # |p|, then as far before the last site as it was behind
-        y, x = (
-            torch.minimum(place.abs(), 2 * (patches * side - 1) - place.abs())
-            for place, patches in zip(self._places(window), grid)
-        )
-        image = self.positions(window.out_stride)[0][:, None, None]
-        visible = self._visible[image, y // side, x // side]
-        row = (self._patch_number[image, y // side, x // side] * side + y % side) * side + x % side
-        return torch.where(visible, row, self.sites(window.in_stride)).flatten(1)
+    def outside_of_tiles(self, stride: int, first: Pair, length: Pair) -> Tensor:
+        """bool [M, length[0], length[1]]: which places of the rectangles of `tiles` lie beyond the map."""
+        return self._outside(_rectangle(first, length), stride).view(-1, *length)
 
     def outside(self, window: Window) -> Tensor:
-        """bool [N_out, K]: whether the place under each kernel offset of each output lies beyond the map."""
-        side, (_, *grid) = self.side(window.in_stride), self._visible.shape
-        down, across = ((place < 0) | (place >= patches * side) for place, patches in zip(self._places(window), grid))
-        return (down | across).flatten(1)
+        """bool [K, N_out]: whether the place under each kernel offset of each output lies beyond the map."""
+        return self._outside(self._inputs(window), window.in_stride)
 
-    def _places(self, window: Window) -> tuple[Tensor, Tensor]:
-        """y [N_out, 1, kh] and x [N_out, kw, 1] of what lies under the kernel, in sites of the whole map."""
-        _, *positions = self.positions(window.out_stride)
-        y, x = (
-            position[:, None] * window.stride + torch.arange(size, device=position.device) * step - before
-            for position, size, step, before in zip(positions, window.size, window.dilation, window.before)
-        )
-        return y[:, None, :], x[:, :, None]
+    def mirrored(self, window: Window) -> Tensor:
+        """int64 [K, N_out]: as `inputs_of_outputs`, but beyond the map's edge the sites inside are mirrored."""
+        side, (_, *lengths) = self.side(window.in_stride), self.extent(window.in_stride)
+        image, *positions = self.positions(window.out_stride)
+        places = []
+        for position, length, (size, dilation, before) in zip(positions, lengths, window.axes):
+            offset = torch.arange(size, device=image.device)[:, None]
+            place = (position * window.stride + offset * dilation - before).abs()
+            places.append(torch.minimum(place, 2 * (length - 1) - place))  # as far before the last as it was behind
+        y, x = places[0], places[1][:, None]  # across down N
+        rows = (self._numbers[image, y // side, x // side] * side + y % side) * side + x % side
+        return rows.clamp(max=self.sites(window.in_stride)).flatten(0, 1)
 
     def counts(self, window: Window) -> Tensor:
         """int64 [N_out, 1]: how many visible sites lie under the kernel of each output."""
-        return (self.of_sites(window) < self.sites(window.in_stride)).sum(dim=1, keepdim=True)
+        return (self.inputs_of_outputs(window) < self.sites(window.in_stride)).sum(dim=0)[:, None]
 
+    @_once
     def pairs(self, window: Window) -> list[Pairs]:
         """The present neighbours alone: for each kernel offset that has any, its (input row, output row) pairs.
 
         An output occurs once at most for an offset, and so does an input: adding to rows by these indices meets no
         collision, which keeps it deterministic on every device.
         """
-        if window not in self._pairs:
-            table = self.of_sites(window)
-            present = table < self.sites(window.in_stride)
-            self._pairs[window] = [
-                Pairs((offset % window.size[0], offset // window.size[0]), table[outputs, offset], outputs)
-                for offset in range(table.shape[1])
-                if len(outputs := present[:, offset].nonzero().flatten())
-            ]
-        return self._pairs[window]
+        present = _present(self.inputs_of_outputs(window), self.sites(window.in_stride), window.size[0])
+        return [Pairs(offset, inputs, outputs) for offset, outputs, inputs in present]
 
+    @_once
     def pairs_to_raster(self, stride: int, kernel_size: int) -> list[Pairs]:
         """As `pairs` of an odd, centred kernel, with outputs at every place of the dense map [B·h·w]."""
-        key = ("raster", stride, kernel_size)
-        if key not in self._pairs:
-            _, grid_rows, grid_columns = self._visible.shape
-            side, reach = self.side(stride), kernel_size // 2
-            height, width = grid_rows * side, grid_columns * side
-            image, y, x = self.positions(stride)
-            pairs = []
-            for offset in range(kernel_size**2):
-                across, down = divmod(offset, kernel_size)
-                out_y, out_x = y - (down - reach), x - (across - reach)
-                inputs = ((out_y >= 0) & (out_y < height) & (out_x >= 0) & (out_x < width)).nonzero().flatten()
-                pairs.append(Pairs((down, across), inputs, ((image * height + out_y) * width + out_x)[inputs]))
-            self._pairs[key] = pairs
-        return self._pairs[key]
+        table = self.places_of_inputs(stride, kernel_size)
+        return [Pairs(*each) for each in _present(table, prod(self.extent(stride)), kernel_size)]
 
-    def inputs_of_outputs(self, window: Window) -> Tensor:
-        """int32 [K, N_out]: the input row under each kernel offset of each output; N_in where there is none."""
+    def _inputs(self, window: Window) -> tuple[Reads, Reads]:
+        """What the outputs of a visible patch read."""
         side = self.side(window.out_stride)
         down, across = (
-            Reads(side, size, scale=window.stride, step=dilation, first=-before, divisor=1)
-            for size, dilation, before in zip(window.size, window.dilation, window.before)
+            Reads(side, size, first=-before, scale=window.stride, step=dilation)
+            for size, dilation, before in window.axes
         )
-        return self._read((down, across), window.in_stride)
-
-    def outputs_of_inputs(self, window: Window) -> Tensor:
-        """int32 [K, N_in], its transpose: the output that has an input under a kernel offset; N_out if none has."""
-        side = self.side(window.in_stride)
-        down, across = (
-            Reads(side, size, scale=1, step=-dilation, first=before, divisor=window.stride)
-            for size, dilation, before in zip(window.size, window.dilation, window.before)
-        )
-        return self._read((down, across), window.out_stride)
-
-    def inputs_of_places(self, stride: int, kernel_size: int) -> Tensor:
-        """int32 [K, B·h·w]: as `inputs_of_outputs` of an odd, centred kernel, for every place of the dense map."""
-        key = ("inputs of places", stride, kernel_size)
-        if key not in self._tables:
-            side, patches = self.side(stride), self.sites(self.patch_size)
-            reads = Reads(side, kernel_size, scale=1, step=1, first=-(kernel_size // 2), divisor=1)
-            numbers = torch.where(self._visible, self._patch_number, patches)
-            around = around_places(numbers, reads.reach(side), patches)
-            table = rows_read((reads, reads), around, side, self.sites(stride))
-            table = table.view(-1, *self._visible.shape, side, side).transpose(3, 4)  # K b row y column x
-            self._tables[key] = table.reshape(kernel_size**2, -1)
-        return self._tables[key]
-
-    def places_of_inputs(self, stride: int, kernel_size: int) -> Tensor:
-        """int32 [K, N], its transpose: the place that has a row under a kernel offset; B·h·w outside the map."""
-        key = ("places of inputs", stride, kernel_size)
-        if key not in self._tables:
-            images, height, width = (a * b for a, b in zip(self._visible.shape, (1, *[self.side(stride)] * 2)))
-            image, y, x = self.positions(stride)
-            offset = torch.arange(kernel_size, device=image.device)[:, None] - kernel_size // 2
-            y, x = y - offset, (x - offset)[:, None]  # across down N
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            table = torch.where(inside, (image * height + y) * width + x, images * height * width)
-            self._tables[key] = table.int().flatten(0, 1)
-        return self._tables[key]
+        return down, across
 
     def _read(self, reads: tuple[Reads, Reads], stride: int) -> Tensor:
-        """The rows of `stride` that the places of the visible patches read, down and across."""
-        key = ("reads", reads, stride)
-        if key not in self._tables:
-            side = self.side(stride)
-            reach = max(axis.reach(side) for axis in reads)
-            around = self.of_tiles(self.patch_size, (-reach, -reach), (2 * reach + 1, 2 * reach + 1))
-            self._tables[key] = rows_read(reads, around, side, self.sites(stride))
-        return self._tables[key]
-
-    def _rows_at(self, down: Tensor, across: Tensor, stride: int) -> Tensor:
-        """int64 [M, h, w]: rows at positions down [h] × across [w], in sites from a patch's corner, may lie outside."""
+        """int32 [K, M · places]: the rows of `stride` that the places of the visible patches read."""
         side = self.side(stride)
-        row_step, column_step = (torch.div(axis, side, rounding_mode="floor") for axis in (down, across))
-        within_y, within_x = down - row_step * side, across - column_step * side
-        image, row, column = self._patches.unbind(1)
-        _, grid_rows, grid_columns = self._visible.shape
-        rows, columns = row[:, None] + row_step, column[:, None] + column_step  # M h, M w
-        inside = ((rows >= 0) & (rows < grid_rows))[:, :, None] & ((columns >= 0) & (columns < grid_columns))[:, None]
-        rows, columns = rows.clamp(0, grid_rows - 1)[:, :, None], columns.clamp(0, grid_columns - 1)[:, None]
-        image = image[:, None, None]
-        present = inside & self._visible[image, rows, columns]
-        site = (self._patch_number[image, rows, columns] * side + within_y[:, None]) * side + within_x[None, :]
-        return torch.where(present, site, self.sites(stride))
+        return rows_read(reads, self.around(max(axis.reach(side) for axis in reads)), side, self.sites(stride))
+
+    def _outside(self, reads: tuple[Reads, Reads], stride: int) -> Tensor:
+        """bool [K, M · places]: which of the places that are read lie beyond the map."""
+        side = self.side(stride)
+        # All patches of the map bear the number 0, whose rows are the first; beyond it there is none.
+        reach = max(axis.reach(side) for axis in reads)
+        around = self._at_patches(around_places(torch.zeros_like(self._numbers), reach, missing=1))
+        return rows_read(reads, around, side, missing=side**2) == side**2
+
+    def _at_patches(self, grid: Tensor) -> Tensor:
+        """[B, fh, fw, …] → [M, …], of the visible patches."""
+        return grid[self._patches.unbind(1)]
 
 
-def _gather(rows: Tensor, table: Tensor, empty: float = 0.0) -> Tensor:
-    """rows [N, C] and table [M, K] → [M, K·C]; `empty` where the table says N."""
-    padded = functional.pad(rows, (0, 0, 0, 1), value=empty)
-    return padded.index_select(0, table.flatten()).view(table.shape[0], -1)
+def _rectangle(first: Pair, length: Pair) -> tuple[Reads, Reads]:
+    """What a tile reads: every place one position."""
+    return Reads(length[0], 1, first[0]), Reads(length[1], 1, first[1])
+
+
+def _present(table: Tensor, missing: int, height: int) -> Iterator[tuple[Pair, Tensor, Tensor]]:
+    """Of each kernel offset (down, across) of a table [K, n] that finds anything: the columns that do, and what."""
+    for offset, entries in enumerate(table.long()):
+        columns = (entries < missing).nonzero().flatten()
+        if len(columns):
+            yield (offset % height, offset // height), columns, entries[columns]
 
 
 def tiles_of(rows: Tensor, window: Window, neighbours: Neighbours, empty: float) -> Tensor:
     """Every visible patch with the halo that the window needs: [M, C, h, w], channels last in memory."""
     (top, left), length = window.before, tile_shape(window, neighbours)
-    table = neighbours.of_tiles(window.in_stride, (-top, -left), length)
-    tiles = _gather(rows, table.flatten(1), empty)
-    return tiles.view(-1, *length, rows.shape[1]).permute(0, 3, 1, 2)
+    table = neighbours.tiles(window.in_stride, (-top, -left), length)
+    padded = functional.pad(rows, (0, 0, 0, 1), value=empty)
+    return padded.index_select(0, table.flatten()).view(*table.shape, -1).permute(0, 3, 1, 2)
 
 
 def tile_shape(window: Window, neighbours: Neighbours) -> Pair:
@@ -396,7 +368,7 @@ def fold(tiles: Tensor, window: Window, neighbours: Neighbours) -> Tensor:
     # patches that the halo reaches over
     reach = max(-(-max(start, length - start - side, 0) // side) for start, length in ((top, height), (left, width)))
     steps = range(-reach, reach + 1)
-    around = neighbours.of_tiles(neighbours.patch_size, (-reach, -reach), (len(steps), len(steps)))
+    around = neighbours.around(reach)
     for down, across in itertools.product(steps, steps):
         # the tile of the patch `down`, `across` of mine starts here in my coordinates
         mine_y, theirs_y = _overlap(down * side - top, height, side)

@@ -76,9 +76,7 @@ class Pyramid(ME.CoordinateManager):
 
     def extent(self, stride: int) -> tuple[int, int, int]:
         """(B, H/s, W/s): the dense shape that the sites of `stride` lie in."""
-        images, rows, columns = self.visible.shape
-        side = self.patch_size // stride
-        return images, rows * side, columns * side
+        return self.neighbours.extent(stride)
 
     def coordinates(self, stride: int) -> Tensor:
         """int64 [N, 3], (image, y, x) in pixels of the sites at `stride`, canonical order."""

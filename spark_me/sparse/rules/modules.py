@@ -337,15 +337,15 @@ class BlurPool2d(nn.Module):
             table = neighbours.mirrored(window)
             counted = table < len(x.F)
         else:
-            table = neighbours.of_sites(window)
+            table = neighbours.inputs_of_outputs(window)
             counted = (table < len(x.F)) | neighbours.outside(window)
         # the engine numbers offsets with y first
         weights = self.filt[0, 0].t().flatten().to(x.F.dtype)
         rows = functional.pad(x.F, (0, 0, 0, 1))
-        blurred = rows.new_zeros(len(table), rows.shape[1])
-        for offset, weight in enumerate(weights):
-            blurred = blurred + rows.index_select(0, table[:, offset]) * weight
-        return at_stride(x, window.out_stride, blurred / (counted.to(weights.dtype) @ weights)[:, None])
+        blurred = rows.new_zeros(table.shape[1], rows.shape[1])
+        for inputs, weight in zip(table, weights):
+            blurred = blurred + rows.index_select(0, inputs) * weight
+        return at_stride(x, window.out_stride, blurred / (counted.to(weights.dtype).t() @ weights)[:, None])
 
     def check(self) -> None:
         """Refuse other padding than by reflection and by zeros.
