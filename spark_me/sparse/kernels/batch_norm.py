@@ -14,9 +14,25 @@ from torch.autograd.function import once_differentiable
 
 
 @triton.jit
+def load(values: tl.tensor, place: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """Values in float32, zero where the mask is false."""
+    return tl.load(values + place, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _places(
+    start: tl.tensor, end: tl.tensor, channel: tl.tensor, channels: tl.tensor, ROWS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Rows [ROWS, 1] from `start`; where their channels lie in memory, and which of these there are before `end`."""
+    row = start + tl.arange(0, ROWS)[:, None]
+    mask = (row < end) & (channel < channels)
+    return row, row.to(tl.int64) * channels + channel, mask
+
+
+@triton.jit
 def _of_channels(values: tl.tensor, channel: tl.tensor, channels: tl.tensor) -> tl.tensor:
     """The values [C] of the channels of a tile, in float32."""
-    return tl.load(values + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    return load(values, channel, channel < channels)
 
 
 @triton.jit
@@ -29,15 +45,9 @@ def _place_of_program(channels: tl.tensor, CHANNELS: tl.constexpr) -> tuple[tl.t
 
 @triton.jit
 def statistics_of_parts(
-    x: tl.tensor,
-    means: tl.tensor,
-    squares: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    rows_of_part: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, means: tl.tensor, squares: tl.tensor, rows: tl.tensor, channels: tl.tensor, rows_of_part: tl.tensor,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """Mean and sum of squared deviations of each part's rows [N, C]: two [parts, C].
 
     Every element of the tile follows the rows that it sees by Welford's method, then the tile's rows are combined: all
@@ -51,10 +61,9 @@ def statistics_of_parts(
     mean = tl.zeros([ROWS, CHANNELS], tl.float32)
     square = tl.zeros([ROWS, CHANNELS], tl.float32)
     while start < end:
-        row = start + tl.arange(0, ROWS)[:, None]
+        row, place, mask = _places(start, end, channel, channels, ROWS)
         present = (row < end).to(tl.float32)
-        place = row.to(tl.int64) * channels + channel
-        value = tl.load(x + place, mask=(row < end) & (channel < channels), other=0.0).to(tl.float32)
+        value = load(x, place, mask)
         count += present
         share = present / tl.maximum(count, 1.0)
         deviation = value - origin - mean
@@ -71,21 +80,11 @@ def statistics_of_parts(
 
 @triton.jit
 def statistics(
-    means: tl.tensor,
-    squares: tl.tensor,
-    mean_out: tl.tensor,
-    rstd_out: tl.tensor,
-    running_mean: tl.tensor,
-    running_variance: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    rows_of_part: tl.tensor,
-    parts: tl.tensor,
-    eps: tl.tensor,
-    momentum: tl.tensor,
-    PARTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    means: tl.tensor, squares: tl.tensor, mean_out: tl.tensor, rstd_out: tl.tensor, running_mean: tl.tensor,
+    running_variance: tl.tensor, rows: tl.tensor, channels: tl.tensor, rows_of_part: tl.tensor, parts: tl.tensor,
+    eps: tl.tensor, momentum: tl.tensor,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """Mean and 1 / deviation [C] of all rows from those of the parts; moves the running statistics where given."""
     part = tl.arange(0, PARTS)[:, None]
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -112,32 +111,20 @@ def statistics(
 
 @triton.jit
 def normalise(
-    x: tl.tensor,
-    shortcut: tl.tensor,
-    scale: tl.tensor,
-    out: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, shortcut: tl.tensor, scale: tl.tensor, out: tl.tensor, mean: tl.tensor, rstd: tl.tensor,
+    weight: tl.tensor, bias: tl.tensor, rows: tl.tensor, channels: tl.tensor,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """relu(((x − mean)·rstd·weight + bias)·scale + shortcut); `scale` [N] and `shortcut` [N, C] may be None."""
     block, channel = _place_of_program(channels, CHANNELS)
-    row = block * ROWS + tl.arange(0, ROWS)[:, None]
-    mask = (row < rows) & (channel < channels)
-    place = row.to(tl.int64) * channels + channel
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    row, place, mask = _places(block * ROWS, rows, channel, channels, ROWS)
+    value = load(x, place, mask)
     value = (value - _of_channels(mean, channel, channels)) * _of_channels(rstd, channel, channels)
     value = value * _of_channels(weight, channel, channels) + _of_channels(bias, channel, channels)
     if scale is not None:
-        value *= tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)
+        value *= load(scale, row, row < rows)
     if shortcut is not None:
-        value += tl.load(shortcut + place, mask=mask, other=0.0).to(tl.float32)
+        value += load(shortcut, place, mask)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # keeps NaN, where a maximum would hide it
     tl.store(out + place, value, mask=mask)
@@ -145,24 +132,11 @@ def normalise(
 
 @triton.jit
 def gradient_sums_of_parts(
-    x: tl.tensor,
-    gradient: tl.tensor,
-    out: tl.tensor,
-    rectified: tl.tensor,
-    scale: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    sums: tl.tensor,
-    products: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    rows_of_part: tl.tensor,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, gradient: tl.tensor, out: tl.tensor, rectified: tl.tensor, scale: tl.tensor, mean: tl.tensor,
+    rstd: tl.tensor, weight: tl.tensor, bias: tl.tensor, sums: tl.tensor, products: tl.tensor, rows: tl.tensor,
+    channels: tl.tensor, rows_of_part: tl.tensor,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums over each part's rows of the gradient g of the affine output, and of g·x̂: two [parts, C].
 
     What ReLU let pass is read from `out`, and the gradient before it is written to `rectified`; where `out` is None,
@@ -176,11 +150,9 @@ def gradient_sums_of_parts(
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     product = tl.zeros([ROWS, CHANNELS], tl.float32)
     while start < end:
-        row = start + tl.arange(0, ROWS)[:, None]
-        mask = (row < end) & (channel < channels)
-        place = row.to(tl.int64) * channels + channel
-        normalised = (tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - means) * rstds
-        passed = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
+        row, place, mask = _places(start, end, channel, channels, ROWS)
+        normalised = (load(x, place, mask) - means) * rstds
+        passed = load(gradient, place, mask)
         if RELU:
             if out is None:
                 passed = tl.where(normalised * weights + biases <= 0, 0.0, passed)
@@ -188,7 +160,7 @@ def gradient_sums_of_parts(
                 passed = tl.where(tl.load(out + place, mask=mask, other=0.0) <= 0, 0.0, passed)
                 tl.store(rectified + place, passed, mask=mask)
         if scale is not None:
-            passed *= tl.load(scale + row, mask=row < end, other=0.0).to(tl.float32)
+            passed *= load(scale, row, row < end)
         total += passed
         product += passed * normalised
         start += ROWS
@@ -199,35 +171,21 @@ def gradient_sums_of_parts(
 
 @triton.jit
 def input_gradient(
-    x: tl.tensor,
-    gradient: tl.tensor,
-    scale: tl.tensor,
-    mean: tl.tensor,
-    rstd: tl.tensor,
-    weight: tl.tensor,
-    bias: tl.tensor,
-    sums: tl.tensor,
-    products: tl.tensor,
-    grad_x: tl.tensor,
-    rows: tl.tensor,
-    channels: tl.tensor,
-    RELU: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, gradient: tl.tensor, scale: tl.tensor, mean: tl.tensor, rstd: tl.tensor, weight: tl.tensor,
+    bias: tl.tensor, sums: tl.tensor, products: tl.tensor, grad_x: tl.tensor, rows: tl.tensor, channels: tl.tensor,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """weight·rstd·(g − mean of g − x̂·mean of g·x̂) from the sums [C]; without the means where `sums` is None."""
     block, channel = _place_of_program(channels, CHANNELS)
-    row = block * ROWS + tl.arange(0, ROWS)[:, None]
-    mask = (row < rows) & (channel < channels)
-    place = row.to(tl.int64) * channels + channel
+    row, place, mask = _places(block * ROWS, rows, channel, channels, ROWS)
     rstds, weights = _of_channels(rstd, channel, channels), _of_channels(weight, channel, channels)
-    value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+    value = load(x, place, mask)
     normalised = (value - _of_channels(mean, channel, channels)) * rstds
-    passed = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
+    passed = load(gradient, place, mask)
     if RELU:
         passed = tl.where(normalised * weights + _of_channels(bias, channel, channels) <= 0, 0.0, passed)
     if scale is not None:
-        passed *= tl.load(scale + row, mask=row < rows, other=0.0).to(tl.float32)
+        passed *= load(scale, row, row < rows)
     if sums is not None:
         passed -= _of_channels(sums, channel, channels) / rows
         passed -= normalised * (_of_channels(products, channel, channels) / rows)
@@ -287,21 +245,9 @@ def _batch_statistics(norm: nn.BatchNorm2d, rows: Tensor) -> tuple[Tensor, Tenso
     statistics_of_parts[grid](rows.detach(), means, squares, number, channels, rows_of_part, height, width)
     running = (norm.running_mean, norm.running_var) if tracks else (None, None)
     statistics[(triton.cdiv(channels, STATISTICS_WIDTH),)](
-        means,
-        squares,
-        mean,
-        rstd,
-        *running,
-        number,
-        channels,
-        rows_of_part,
-        parts,
-        norm.eps,
-        momentum,
-        triton.next_power_of_2(parts),
-        STATISTICS_WIDTH,
-        num_warps=8,
-    )
+        means, squares, mean, rstd, *running, number, channels, rows_of_part, parts, norm.eps, momentum,
+        triton.next_power_of_2(parts), STATISTICS_WIDTH, num_warps=8,
+    )  # fmt: skip
     return mean, rstd
 
 
@@ -336,17 +282,9 @@ def _parts(rows: int, channels: int) -> tuple[int, int]:
 class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        shortcut: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
-        relu: bool,
-        of_batch: bool,
-    ) -> Tensor:
+        ctx: Any, rows: Tensor, shortcut: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None,
+        mean: Tensor, rstd: Tensor, relu: bool, of_batch: bool,
+    ) -> Tensor:  # fmt: skip
         number, channels = rows.shape
         height, width = _tile(channels)
         dtype = rows.dtype if shortcut is None else torch.promote_types(rows.dtype, shortcut.dtype)
@@ -372,19 +310,9 @@ class _FusedBatchNorm(torch.autograd.Function):
         of_parts = rows.new_empty(2, parts, channels, dtype=torch.float32)
         factors = (scale, mean, rstd, weight, bias)
         gradient_sums_of_parts[(parts * columns,)](
-            rows,
-            gradient,
-            out,
-            rectified,
-            *factors,
-            *of_parts,
-            number,
-            channels,
-            rows_of_part,
-            ctx.relu,
-            height,
-            width,
-        )
+            rows, gradient, out, rectified, *factors, *of_parts, number, channels, rows_of_part,
+            ctx.relu, height, width,
+        )  # fmt: skip
         if rectified is not None:
             gradient = rectified
         sums, products = of_parts.sum(dim=1)

@@ -100,17 +100,10 @@ def _channel_block(channels: int) -> int:
 
 @triton.jit
 def _convolve_kernel(
-    rows: tl.tensor,
-    kernel: tl.tensor,
-    bias: tl.tensor | None,
-    table: tl.tensor,
-    out: tl.tensor,
-    sites: tl.tensor,
+    rows: tl.tensor, kernel: tl.tensor, bias: tl.tensor | None, table: tl.tensor, out: tl.tensor, sites: tl.tensor,
     channels: tl.tensor,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    SIZE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     channel_blocks = tl.cdiv(channels, CHANNELS)
     place = tl.program_id(0) // channel_blocks * ROWS + tl.arange(0, ROWS)
     channel = tl.program_id(0) % channel_blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -140,18 +133,9 @@ def _convolve_kernel(
 
 @triton.jit
 def _correlate_kernel(
-    rows: tl.tensor,
-    gradient: tl.tensor,
-    table: tl.tensor,
-    sums: tl.tensor,
-    sites: tl.tensor,
-    channels: tl.tensor,
-    STEPS: tl.constexpr,
-    SIZE: tl.constexpr,
-    COLUMN: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    rows: tl.tensor, gradient: tl.tensor, table: tl.tensor, sums: tl.tensor, sites: tl.tensor, channels: tl.tensor,
+    STEPS: tl.constexpr, SIZE: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     # The programs of one part run side by side: they read the same rows, from L2.
     down = tl.arange(0, COLUMN)
     offset = tl.program_id(0) % SIZE * SIZE + down

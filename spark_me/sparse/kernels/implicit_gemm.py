@@ -148,24 +148,11 @@ def _edge(channels: int, largest: int) -> int:
 # differs from batch to batch where images have nodata, gains nothing by it.
 @triton.jit(do_not_specialize=["n_rows"])
 def _multiply_kernel(
-    rows: tl.tensor,
-    kernel: tl.tensor,
-    table: tl.tensor,
-    out: tl.tensor,
-    n_rows: tl.tensor,
-    n_out: tl.tensor,
-    depth: tl.tensor,
-    columns: tl.tensor,
-    offset_stride: tl.tensor,
-    depth_stride: tl.tensor,
-    column_stride: tl.tensor,
-    OFFSETS: tl.constexpr,
-    DEPTH_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    rows: tl.tensor, kernel: tl.tensor, table: tl.tensor, out: tl.tensor, n_rows: tl.tensor, n_out: tl.tensor,
+    depth: tl.tensor, columns: tl.tensor, offset_stride: tl.tensor, depth_stride: tl.tensor, column_stride: tl.tensor,
+    OFFSETS: tl.constexpr, DEPTH_BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
-) -> None:
+) -> None:  # fmt: skip
     # The programs of one block of rows run side by side: they gather the same rows, from L2.
     column_blocks = tl.cdiv(columns, COLUMNS)
     place = tl.program_id(0) // column_blocks * ROWS + tl.arange(0, ROWS)
@@ -198,21 +185,10 @@ def _multiply_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _correlate_kernel(
-    rows: tl.tensor,
-    gradient: tl.tensor,
-    table: tl.tensor,
-    sums: tl.tensor,
-    n_rows: tl.tensor,
-    n_out: tl.tensor,
-    offsets: tl.tensor,
-    in_channels: tl.tensor,
-    out_channels: tl.tensor,
-    STEPS: tl.constexpr,
-    IN: tl.constexpr,
-    OUT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
+    rows: tl.tensor, gradient: tl.tensor, table: tl.tensor, sums: tl.tensor, n_rows: tl.tensor, n_out: tl.tensor,
+    offsets: tl.tensor, in_channels: tl.tensor, out_channels: tl.tensor,
+    STEPS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
     # The programs of one part run side by side: they read the same rows, from L2.
     in_blocks, out_blocks = tl.cdiv(in_channels, IN), tl.cdiv(out_channels, OUT)
     offset = tl.program_id(0) // (in_blocks * out_blocks)

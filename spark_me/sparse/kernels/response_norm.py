@@ -13,17 +13,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spark_me.sparse.kernels.batch_norm import load
 from spark_me.sparse.norms import gradients_of_scale, scale_of_images
 
 
 @triton.jit
-def _part_of_image(first_rows: tl.tensor, parts: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    """The first row of this program, and the one after its last."""
+def _part_of_image(
+    first_rows: tl.tensor, parts: tl.tensor, CHANNELS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The first row of this program, the one after its last, and its channels."""
     first = tl.load(first_rows + tl.program_id(1))
     end = tl.load(first_rows + tl.program_id(1) + 1)
     rows_of_part = tl.cdiv(end - first, parts)
     start = first + tl.program_id(2) * rows_of_part
-    return start, tl.minimum(start + rows_of_part, end)
+    end = tl.minimum(start + rows_of_part, end)
+    return start, end, tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
 
 
 @triton.jit
@@ -34,22 +38,16 @@ def _normal_distribution(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def squares_of_parts(
-    x: tl.tensor,
-    first_rows: tl.tensor,
-    squares: tl.tensor,
-    channels: tl.tensor,
-    parts: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, first_rows: tl.tensor, squares: tl.tensor, channels: tl.tensor, parts: tl.tensor,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums of gelu(x)² over the rows of each part: [B, parts, C]."""
-    start, end = _part_of_image(first_rows, parts)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    start, end, channel = _part_of_image(first_rows, parts, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     while start < end:
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (channel < channels)
-        value = tl.load(x + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+        value = load(x + row * channels, channel, mask)
         activated = value * _normal_distribution(value)
         total += activated * activated
         start += ROWS
@@ -59,51 +57,37 @@ def squares_of_parts(
 
 @triton.jit
 def respond(
-    x: tl.tensor,
-    first_rows: tl.tensor,
-    scale: tl.tensor,
-    beta: tl.tensor,
-    out: tl.tensor,
-    channels: tl.tensor,
+    x: tl.tensor, first_rows: tl.tensor, scale: tl.tensor, beta: tl.tensor, out: tl.tensor, channels: tl.tensor,
     parts: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """gelu(x)·scale + beta, with `scale` [B, C] float32."""
-    start, end = _part_of_image(first_rows, parts)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    start, end, channel = _part_of_image(first_rows, parts, CHANNELS)
     scales = tl.load(scale + tl.program_id(1) * channels + channel, mask=channel < channels, other=0.0)
-    betas = tl.load(beta + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    betas = load(beta, channel, channel < channels)
     while start < end:
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (channel < channels)
-        value = tl.load(x + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+        value = load(x + row * channels, channel, mask)
         tl.store(out + row * channels + channel, value * _normal_distribution(value) * scales + betas, mask=mask)
         start += ROWS
 
 
 @triton.jit
 def gradient_sums_of_parts(
-    x: tl.tensor,
-    gradient: tl.tensor,
-    first_rows: tl.tensor,
-    sums: tl.tensor,
-    products: tl.tensor,
-    channels: tl.tensor,
-    parts: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, gradient: tl.tensor, first_rows: tl.tensor, sums: tl.tensor, products: tl.tensor,
+    channels: tl.tensor, parts: tl.tensor,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """Sums of the output's gradient g, and of g·gelu(x), over the rows of each part: two [B, parts, C]."""
-    start, end = _part_of_image(first_rows, parts)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    start, end, channel = _part_of_image(first_rows, parts, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     product = tl.zeros([ROWS, CHANNELS], tl.float32)
     while start < end:
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (channel < channels)
-        value = tl.load(x + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
-        upstream = tl.load(gradient + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+        value = load(x + row * channels, channel, mask)
+        upstream = load(gradient + row * channels, channel, mask)
         total += upstream
         product += upstream * value * _normal_distribution(value)
         start += ROWS
@@ -114,28 +98,20 @@ def gradient_sums_of_parts(
 
 @triton.jit
 def input_gradient(
-    x: tl.tensor,
-    gradient: tl.tensor,
-    first_rows: tl.tensor,
-    scale: tl.tensor,
-    pull: tl.tensor,
-    grad_x: tl.tensor,
-    channels: tl.tensor,
-    parts: tl.tensor,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-) -> None:
+    x: tl.tensor, gradient: tl.tensor, first_rows: tl.tensor, scale: tl.tensor, pull: tl.tensor, grad_x: tl.tensor,
+    channels: tl.tensor, parts: tl.tensor,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+) -> None:  # fmt: skip
     """(g·scale + gelu(x)·pull)·gelu′(x), with `scale` and `pull` [B, C] float32."""
-    start, end = _part_of_image(first_rows, parts)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    start, end, channel = _part_of_image(first_rows, parts, CHANNELS)
     of_image = tl.program_id(1) * channels + channel
     scales = tl.load(scale + of_image, mask=channel < channels, other=0.0)
     pulls = tl.load(pull + of_image, mask=channel < channels, other=0.0)
     while start < end:
         row = start + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (channel < channels)
-        value = tl.load(x + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
-        upstream = tl.load(gradient + row * channels + channel, mask=mask, other=0.0).to(tl.float32)
+        value = load(x + row * channels, channel, mask)
+        upstream = load(gradient + row * channels, channel, mask)
         distribution = _normal_distribution(value)
         density = 0.3989422804014327 * tl.exp(-0.5 * value * value)
         grad_activated = upstream * scales + value * distribution * pulls
