@@ -4,15 +4,16 @@ The network is traced (`spark_me.trace`) and translated node by node by the rule
 it is written anew: modules, names and parameters are its own.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter, getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate, map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -27,14 +28,16 @@ STEPS_OF_SEGMENT = 6
 """Steps that gradient checkpointing recomputes together, at least: about a residual block."""
 
 
-class Of(NamedTuple):
+@dataclass(frozen=True)
+class Of:
     """Stands for the result of a step among the arguments of another."""
 
     step: int
 
 
-class Layer(NamedTuple):
-    """Stands for a layer among the arguments of a step."""
+@dataclass(frozen=True)
+class Attribute:
+    """Stands for a layer, parameter or buffer among the arguments of a step."""
 
     path: str
 
@@ -45,7 +48,7 @@ class Step:
 
     Attributes:
         result: its number, by which others refer to it.
-        layer: path of the module that computes it or has the parameter; None of a function.
+        layer: path of the module that computes it; None of a function.
         function: what computes it; of a layer, what calls that on its arguments (None: itself).
         args, kwargs: its arguments.
         last_uses: results that nothing needs after it.
@@ -58,9 +61,11 @@ class Step:
     kwargs: dict[str, Any] = field(default_factory=dict)
     last_uses: tuple[int, ...] = ()
 
-    def operands(self) -> Iterator[int]:
+    def operands(self) -> set[int]:
         """Numbers of the steps whose results it takes."""
-        yield from _references((self.args, tuple(self.kwargs.values())))
+        found: set[int] = set()
+        map_aggregate((self.args, self.kwargs), lambda each: found.add(each.step) if isinstance(each, Of) else None)
+        return found
 
 
 class Segment(NamedTuple):
@@ -120,13 +125,13 @@ class SparseEncoder(nn.Module):
         self.network = getattr(network, "encoder_name", type(network).__name__)
         self.strides, self.channels, self.taps = traced.strides, traced.channels, traced.taps
         self.total_stride = self.strides[-1]
-        self.densify_norm = _norm_like(network)
+        # as in the paper (section 3.3) and its code
+        self.densify_norm = partial(sparse.LayerNorm, eps=1e-6) if normalises_by_layer(network) else sparse.BatchNorm2d
         translation = _Translation(traced)
         for path, layer in translation.layers.items():
             _place(self, network, path, layer)
-        numbers = [translation.numbers[node] for node in traced.scales]
-        self.outputs = tuple(numbers)
-        self.segments = _segments(_fused(translation.steps, self, set(numbers)), set(numbers))
+        self.outputs = tuple(translation.numbers[node] for node in traced.scales)
+        self.segments = _segments(_fused(translation.steps, self), set(self.outputs))
         self.train(network.training)
         _channels_last(self)
 
@@ -144,12 +149,12 @@ class SparseEncoder(nn.Module):
     def _run(self, steps: Sequence[Step], values: dict[int, Any]) -> None:
         """Compute steps, adding their results to `values` and dropping what nothing needs any more."""
         for step in steps:
-            args, kwargs = self._filled(step.args, values), self._filled(step.kwargs, values)
+            args, kwargs = self._filled((step.args, step.kwargs), values)
             if step.layer is None:
                 assert step.function is not None
                 values[step.result] = step.function(*args, **kwargs)
             else:
-                layer: Any = _attribute(self, step.layer)
+                layer: Any = attrgetter(step.layer)(self)
                 values[step.result] = step.function(layer, *args, **kwargs) if step.function else layer(*args, **kwargs)
             for number in step.last_uses:
                 del values[number]
@@ -165,25 +170,22 @@ class SparseEncoder(nn.Module):
             templates.update({number: inner[number] for number in segment.results})
             return _packed(templates)
 
-        layers = [_attribute(self, step.layer) for step in segment.steps if step.layer]
+        layers = [attrgetter(step.layer)(self) for step in segment.steps if step.layer]
         norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
-        contexts = partial(_contexts, norms)
-        rows = checkpoint(run, *_packed(inputs), use_reentrant=False, context_fn=contexts)
+        rows = checkpoint(
+            run, *_packed(inputs), use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(norms))
+        )
         return _unpacked(templates, rows)
 
-    def _filled(self, argument: Any, values: dict[int, Any]) -> Any:
-        """Arguments with results and layers in the place of what stands for them."""
-        if isinstance(argument, Of):
-            return values[argument.step]
-        if isinstance(argument, Layer):
-            return _attribute(self, argument.path)
-        if isinstance(argument, tuple | list):
-            return type(argument)(self._filled(each, values) for each in argument)
-        if isinstance(argument, slice):
-            return slice(*self._filled((argument.start, argument.stop, argument.step), values))
-        if isinstance(argument, dict):
-            return {name: self._filled(each, values) for name, each in argument.items()}
-        return argument
+    def _filled(self, arguments: Any, values: dict[int, Any]) -> Any:
+        """Arguments with results and attributes in the place of what stands for them."""
+
+        def fill(argument: Any) -> Any:
+            if isinstance(argument, Of):
+                return values[argument.step]
+            return attrgetter(argument.path)(self) if isinstance(argument, Attribute) else argument
+
+        return map_aggregate(arguments, fill)
 
 
 def _packed(values: dict[int, Any]) -> tuple[Tensor, ...]:
@@ -203,10 +205,6 @@ def _unpacked(templates: dict[int, Any], tensors: Sequence[Tensor]) -> dict[int,
         else value
         for number, value in templates.items()
     }
-
-
-def _contexts(norms: Sequence[_BatchNorm]) -> tuple[Any, Any]:
-    return nullcontext(), _frozen_statistics(norms)
 
 
 def sparsify(network: nn.Module, in_channels: int = 3, scales: int = 4) -> SparseEncoder:
@@ -236,8 +234,10 @@ class _Translation:
         self.padding: dict[fx.Node, modules.Padding] = {}
         self.values = dict(traced.values)
         for node in traced.nodes:
-            if node.op != "placeholder":
+            try:
                 self._translate(node)
+            except (ValueError, TypeError) as error:  # the latter of arguments that depend on the image
+                raise modules.refusal(place_of(node), str(error), type(traced.network).__name__) from error
         used = {self.numbers[node] for node in traced.scales}
         for step in reversed(self.steps):
             if step.result in used:
@@ -245,20 +245,14 @@ class _Translation:
         self.steps = [step for step in self.steps if step.result in used]
 
     def _translate(self, node: fx.Node) -> None:
-        try:
-            self._step_of(node)
-        except (ValueError, TypeError) as error:  # the latter of arguments that depend on the image
-            raise modules.refusal(place_of(node), str(error), type(self.traced.network).__name__) from error
-
-    def _step_of(self, node: fx.Node) -> None:
         """Add what computes a node."""
         maps = [other for other in node.all_input_nodes if self._is_map(other)]
         number, target = self.numbers[node], str(node.target)
-        args: Any = fx.node.map_arg(node.args, lambda other: Of(self.numbers[other]))
-        kwargs: Any = fx.node.map_arg(dict(node.kwargs), lambda other: Of(self.numbers[other]))
+        args: Any
+        kwargs: Any
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), self._reference)
         if node.op == "get_attr":
-            self._keep(target, _attribute(self.traced.network, target))
-            self.steps.append(Step(number, target, _itself))
+            self.layers.setdefault(target, attrgetter(target)(self.traced.network))
         elif node.op == "call_module":
             layer: Any = self.traced.network.get_submodule(target)
             function = None
@@ -266,24 +260,28 @@ class _Translation:
                 self._pad(node, (layer.padding, "constant", layer.value), {})
                 return
             if maps and _does_nothing(layer):  # whoever reads it reads its input
-                self._keep(target, layer)
+                self.layers.setdefault(target, layer)
                 self._stand_for(node, maps[0])
                 return
             if maps:  # a dense module on values of images is its own
                 module = layer
                 layer, function = modules.layer_of(module, self._value(maps[0]), self.padding.get(maps[0]))
-            self._keep(target, layer)
+            self.layers.setdefault(target, layer)
             self.steps.append(Step(number, target, function, args, kwargs))
             if maps:
                 self._drop_after(module, target)
-        elif maps and modules.is_padding(node.target):
+        elif maps and getattr(node.target, "__name__", "") == "pad":
             self._pad(node, node.args[1:], node.kwargs)
         elif maps and not self._is_indexing(node):
             self.steps.append(self._function(node, number))
-        elif not maps and self._is_map(node):
-            raise ValueError("makes a map of what is none")
-        else:
+        elif node.op != "placeholder":
+            if not maps and self._is_map(node):
+                raise ValueError("makes a map of what is none")
             self.steps.append(Step(number, None, self._own_function(node), args, kwargs))
+
+    def _reference(self, node: fx.Node) -> Any:
+        """What stands for a node's result among arguments."""
+        return Attribute(str(node.target)) if node.op == "get_attr" else Of(self.numbers[node])
 
     def _own_function(self, node: fx.Node) -> Any:
         """What the author called: on values of images, on parameters and on numbers it is as it was."""
@@ -316,7 +314,7 @@ class _Translation:
         if rate:
             self.layers[path].__dict__.pop("drop_prob", None)
             number, path = step.result, f"{path}_drop_path"
-            self._keep(path, sparse.DropPath(rate))
+            self.layers[path] = sparse.DropPath(rate)
             hidden = -number  # the norm's own result, which nothing else takes
             self.steps[-1:] = [replace(step, result=hidden), Step(number, path, None, (Of(hidden),))]
 
@@ -337,20 +335,17 @@ class _Translation:
                 raise ValueError("reads a map that is padded with zeros, which only modules may")
             return value
 
-        args, kwargs = fx.node.map_arg(tuple(node.args), described), fx.node.map_arg(dict(node.kwargs), described)
+        args, kwargs = map_arg((node.args, dict(node.kwargs)), described)
         operands = [self._value(other) for other in nodes]
         call = functions.Call(name, function, args, kwargs, operands, self.values.get(node))
-        return Step(number, None, functions.function_of(call), tuple(Of(self.numbers[other]) for other in nodes))
+        return Step(number, None, functions.function_of(call), tuple(map(self._reference, nodes)))
 
     def _dropout(self, node: fx.Node, number: int) -> Step:
         source, rate = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
         assert isinstance(source, fx.Node) and isinstance(rate, float | int)
         path = f"{path_of(node)}.{node.name}".lstrip(".")
-        self._keep(path, nn.Dropout(rate))
+        self.layers[path] = nn.Dropout(rate)
         return Step(number, path, modules.rowwise, (Of(self.numbers[source]),))
-
-    def _keep(self, path: str, layer: Any) -> None:
-        self.layers.setdefault(path, layer)
 
     def _value(self, node: fx.Node) -> Value:
         value = self.values.get(node)
@@ -365,7 +360,7 @@ class _Translation:
 
     def _is_indexing(self, node: fx.Node) -> bool:
         """Whether a node picks one of several tensors."""
-        first = node.args[0] if node.target is operator.getitem else None
+        first = node.args[0] if node.target is getitem else None
         held = self.values.get(first) if isinstance(first, fx.Node) else None
         return isinstance(held, tuple) and not isinstance(held, Value)
 
@@ -373,19 +368,6 @@ class _Translation:
 def _does_nothing(module: nn.Module) -> bool:
     """Whether a module returns what it is given: also one for dropout in a network that has none."""
     return type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
-
-
-def _itself(x: Any) -> Any:
-    return x
-
-
-def _norm_like(network: nn.Module) -> Callable[[int], nn.Module]:
-    """Layer norm for networks that normalise by it, else batch norm (paper, section 3.3 and its code)."""
-    return _layer_norm if normalises_by_layer(network) else sparse.BatchNorm2d
-
-
-def _layer_norm(channels: int) -> nn.Module:
-    return sparse.LayerNorm(channels, eps=1e-6)
 
 
 def _place(encoder: nn.Module, network: nn.Module, path: str, layer: Any) -> None:
@@ -407,12 +389,6 @@ def _place(encoder: nn.Module, network: nn.Module, path: str, layer: Any) -> Non
         setattr(place, name, layer)
 
 
-def _attribute(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
-
-
 def _channels_last(encoder: nn.Module) -> None:
     """Lay convolution weights in memory as the native backend reads them; values and shapes stay."""
     for module in encoder.modules():
@@ -420,34 +396,21 @@ def _channels_last(encoder: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def _references(argument: Any) -> Iterator[int]:
-    if isinstance(argument, Of):
-        yield argument.step
-    elif isinstance(argument, slice):
-        yield from _references((argument.start, argument.stop, argument.step))
-    elif isinstance(argument, dict):
-        yield from _references(tuple(argument.values()))
-    elif isinstance(argument, tuple | list):
-        for each in argument:
-            yield from _references(each)
-
-
-def _fused(steps: list[Step], encoder: nn.Module, outputs: set[int]) -> list[Step]:
+def _fused(steps: list[Step], encoder: SparseEncoder) -> list[Step]:
     """Join a batch norm with stochastic depth, residual sum and ReLU behind it, and GELU with a response norm."""
     users: dict[int, list[Step]] = {}
     for step in steps:
         for number in step.operands():
             users.setdefault(number, []).append(step)
     by_number = {step.result: step for step in steps}
-    gone: set[int] = set()
-    replaced: dict[int, Step] = {}
+    replaced: dict[int, Step | None] = {}  # None: it is part of another
 
     def only_user(step: Step) -> Step | None:
         own = users.get(step.result, [])
-        return own[0] if len(own) == 1 and step.result not in outputs else None
+        return own[0] if len(own) == 1 and step.result not in encoder.outputs else None
 
     def layer(step: Step | None) -> Any:
-        return None if step is None or step.layer is None else _attribute(encoder, step.layer)
+        return None if step is None or step.layer is None else attrgetter(step.layer)(encoder)
 
     for step in steps:
         if type(layer(step)) is sparse.BatchNorm2d:
@@ -456,11 +419,10 @@ def _fused(steps: list[Step], encoder: nn.Module, outputs: set[int]) -> list[Ste
             follower = only_user(step)
             if isinstance(layer(follower), sparse.DropPath):
                 assert follower is not None
-                options["drop_path"] = Layer(str(follower.layer))
+                options["drop_path"] = Attribute(str(follower.layer))
                 chain.append(follower)
                 follower = only_user(follower)
-            taken = follower is not None and (follower.result in gone or follower.result in replaced)
-            if follower is not None and follower.function is sparse.add and not taken:
+            if follower is not None and follower.function is sparse.add and follower.result not in replaced:
                 other = [arg for arg in follower.args if arg != Of(chain[-1].result)]
                 if len(other) == 1:
                     options["shortcut"] = other[0]
@@ -472,14 +434,14 @@ def _fused(steps: list[Step], encoder: nn.Module, outputs: set[int]) -> list[Ste
                 options["relu"] = True
                 chain.append(follower)
             if len(chain) > 1:
-                gone.update(each.result for each in chain[:-1])
+                replaced.update(dict.fromkeys([each.result for each in chain]))
                 replaced[chain[-1].result] = replace(step, result=chain[-1].result, kwargs=options)
         elif isinstance(layer(step), sparse.GlobalResponseNorm):
             before = by_number.get(step.args[0].step)
             if before is not None and _is_gelu(before, layer(before)) and only_user(before) is step:
-                gone.add(before.result)
+                replaced[before.result] = None
                 replaced[step.result] = replace(step, args=before.args, kwargs={"gelu": True})
-    return [replaced.get(step.result, step) for step in steps if step.result not in gone]
+    return [new for step in steps if (new := replaced.get(step.result, step))]
 
 
 def _is_gelu(step: Step, layer: Any) -> bool:
@@ -502,17 +464,15 @@ def _segments(steps: Sequence[Step], outputs: set[int]) -> list[Segment]:
     after: list[set[int]] = []  # what is needed after a step
     for step in reversed(steps):
         after.append(set(needed))
-        unused = {step.result, *step.operands()} - needed
+        unused = ({step.result} | step.operands()) - needed
         released.append(replace(step, last_uses=tuple(sorted(unused))))
-        needed = (needed | set(step.operands())) - {step.result}
+        needed = (needed | step.operands()) - {step.result}
     segments: list[Segment] = []
     part: list[Step] = []
     for step, kept in zip(released[::-1], after[::-1]):
         part.append(step)
-        made = {each.result for each in part}
-        crossing = kept - outputs
-        last = len(part) + sum(len(each.steps) for each in segments) == len(steps)
-        if last or (len(part) >= STEPS_OF_SEGMENT and len(crossing) <= 1):
+        if step is released[0] or (len(part) >= STEPS_OF_SEGMENT and len(kept - outputs) <= 1):
+            made = {each.result for each in part}
             inputs = {number for each in part for number in each.operands()} - made
             segments.append(Segment(part, tuple(sorted(inputs)), tuple(sorted(made & kept)), frozenset(kept)))
             part = []

@@ -4,7 +4,7 @@ An entry takes a call as it stands in the dense network's graph, and returns wha
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from spark_me.sparse.images import (
     global_maximum,
     mean_over_images,
     scale_images,
+    sites_of_images,
     spread_over_sites,
     sum_over_images,
 )
@@ -98,27 +99,22 @@ def _pointwise(call: Call) -> Row:
     if not isinstance(out, Value) or not out.is_map:
         raise ValueError(f"gives {out}, no map")
     maps = [value for value in call.operands if value.is_map]
-    if call.name in ("add", "iadd") and len(call.operands) == 2 and not call.kwargs:
-        if maps[0].axes == maps[-1].axes and len(maps) == 2:
-            return add
-        if len(maps) == 2 and call.args[0] is call.args[1]:
-            return add
+    two = len(call.operands) == 2 and not call.kwargs
+    if call.name in ("add", "iadd") and two and len(maps) == 2 and maps[0].axes == maps[1].axes:
+        return add
     if call.name in ("mul", "imul", "multiply") and len(call.operands) == 2 and len(maps) == 1:
         other = next(value for value in call.operands if not value.is_map)
         if other.of_images and _channel_shape(other, out) == _channel_shape(maps[0], out) == out.channels:
-            return _scaled if call.operands[0].is_map else _scaled_by
+            return _scaled
     shapes = [_channel_shape(value, out) for value in call.operands]
     kinds = ["map" if value.is_map else "images" if value.of_images else "constant" for value in call.operands]
     return Pointwise(call, list(zip(kinds, shapes)))
 
 
-def _scaled(x: SparseTensor, factors: Tensor) -> SparseTensor:
-    """The sites of each image by its own factors [B, C, …]."""
+def _scaled(one: Any, other: Any) -> SparseTensor:
+    """The sites of each image by its own factors [B, C, …], in either order."""
+    x, factors = (one, other) if is_sparse(one) else (other, one)
     return with_features(x, scale_images(x.F, factors.flatten(1), x.coordinate_manager, stride_of(x)))
-
-
-def _scaled_by(factors: Tensor, x: SparseTensor) -> SparseTensor:
-    return _scaled(x, factors)
 
 
 def _channel_shape(value: Value, out: Value) -> tuple[int, ...]:
@@ -126,14 +122,10 @@ def _channel_shape(value: Value, out: Value) -> tuple[int, ...]:
     axes: tuple[Any, ...] = (1,) * (len(out.axes) - len(value.axes)) + value.axes
     shape = []
     for axis, theirs in zip(axes, out.axes):
-        if isinstance(theirs, int):
-            if not isinstance(axis, int):
-                raise ValueError(f"cannot broadcast {shown_axes(value)} to {shown_axes(out)}")
+        if isinstance(axis, int) and isinstance(theirs, int):
             shape.append(axis)
-        elif axis not in (1, theirs):
+        elif axis != theirs and (axis != 1 or value.is_map):
             raise ValueError(f"cannot broadcast {shown_axes(value)} to {shown_axes(out)}")
-    if value.is_map and any(axis == 1 and theirs in ("H", "W", "B") for axis, theirs in zip(axes, out.axes)):
-        raise ValueError(f"cannot broadcast {shown_axes(value)} to {shown_axes(out)}")
     return tuple(shape)
 
 
@@ -143,7 +135,6 @@ class Pointwise:
 
     call: Call
     kinds: list[tuple[str, tuple[int, ...]]]
-    slots: list[Any] = field(default_factory=list)
 
     def __call__(self, *operands: Any) -> SparseTensor:
         like = next(each for each in operands if is_sparse(each))
@@ -178,10 +169,10 @@ def _filled(argument: Any, rows: Any) -> Any:
 
 @_functions("contiguous", "clone", "detach_copy", "alias")
 def _same(call: Call) -> Row:
-    return _itself
+    return _first
 
 
-def _itself(x: SparseTensor) -> SparseTensor:
+def _first(x: SparseTensor, *others: Any) -> SparseTensor:
     return x
 
 
@@ -192,10 +183,6 @@ def _regrouped(call: Call) -> Row:
     if not isinstance(call.out, Value) or not call.out.is_map or before != after:
         raise ValueError(f"mixes sites and channels: {shown_axes(call.operands[0])} becomes {shown_axes(call.out)}")
     return _first
-
-
-def _first(x: SparseTensor, *others: Any) -> SparseTensor:
-    return x
 
 
 def _joined_channels(value: Value) -> list[Any]:
@@ -240,7 +227,7 @@ def _permuted(call: Call) -> Row:
     channels = [place for place in range(count) if isinstance(value.axes[place], int)]
     moved = [channels.index(place) for place in order if place in channels]
     if moved == sorted(moved):
-        return _itself
+        return _first
     return partial(_permute_channels, shape=value.channels, order=moved)
 
 
@@ -257,13 +244,13 @@ def _concatenated(call: Call) -> Row:
     for value in call.operands:
         if not value.is_map or len(value.axes) != len(first.axes):
             raise ValueError(f"joins {shown_axes(first)} with {shown_axes(value)}")
-    return partial(_concatenate, shapes=[value.channels for value in call.operands], place=place)
+    return partial(_combine, torch.cat, shapes=[value.channels for value in call.operands], place=place)
 
 
-def _concatenate(*tensors: SparseTensor, shapes: list[tuple[int, ...]], place: int) -> SparseTensor:
-    if len(shapes[0]) == 1:
-        return with_features(tensors[0], torch.cat([x.F for x in tensors], dim=1))
-    rows = torch.cat([x.F.view(-1, *shape) for x, shape in zip(tensors, shapes)], dim=1 + place)
+def _combine(
+    combine: Callable[..., Tensor], *tensors: SparseTensor, shapes: list[tuple[int, ...]], place: int
+) -> SparseTensor:
+    rows = combine([x.F.view(-1, *shape) for x, shape in zip(tensors, shapes)], dim=1 + place)
     return with_features(tensors[0], rows.flatten(1))
 
 
@@ -275,12 +262,7 @@ def _stacked(call: Call) -> Row:
     if not isinstance(out.axes[axis], int) or axis == 0:
         raise ValueError(f"gives {shown_axes(out)}")
     place = sum(isinstance(each, int) for each in out.axes[:axis])
-    return partial(_stack, shape=call.operands[0].channels, place=place)
-
-
-def _stack(*tensors: SparseTensor, shape: tuple[int, ...], place: int) -> SparseTensor:
-    rows = torch.stack([x.F.view(-1, *shape) for x in tensors], dim=1 + place)
-    return with_features(tensors[0], rows.flatten(1))
+    return partial(_combine, torch.stack, shapes=[value.channels for value in call.operands], place=place)
 
 
 def _channel_place(value: Value, dim: Any) -> int:
@@ -345,11 +327,7 @@ def _reduced(call: Call) -> Row:
     value = call.operands[0]
     place_of_dim = 2 if call.name in ("norm", "vector_norm", "linalg_vector_norm") else 1
     dim = call.argument(place_of_dim, "dim", call.kwargs.get("axis"))
-    dims = (
-        [each % len(value.axes) for each in (dim if isinstance(dim, tuple | list) else [dim])]
-        if dim is not None
-        else []
-    )
+    dims = () if dim is None else dim if isinstance(dim, tuple | list) else (dim,)
     axes = [value.axes[each] for each in dims]
     if axes and all(isinstance(axis, int) for axis in axes):
         places = [1 + _channel_place(value, each) for each in dims]
@@ -384,8 +362,7 @@ def _norm(x: SparseTensor) -> Tensor:
 def _variance(x: SparseTensor) -> Tensor:
     pyramid, stride = x.coordinate_manager, stride_of(x)
     centred = x.F - spread_over_sites(mean_over_images(x.F, pyramid, stride), pyramid, stride)
-    sites = sum_over_images(torch.ones_like(x.F), pyramid, stride)
-    return sum_over_images(centred.square(), pyramid, stride) / (sites - 1)
+    return sum_over_images(centred.square(), pyramid, stride) / (sites_of_images(pyramid, stride) - 1)
 
 
 def _deviation(x: SparseTensor) -> Tensor:
@@ -458,18 +435,12 @@ def _convolved(call: Call) -> Row:
     weight = call.argument(1, "weight")
     if not isinstance(weight, Value) or not all(isinstance(axis, int) for axis in weight.axes):
         raise ValueError("convolves with weights that depend on the image")
-    options = [
-        call.argument(place, name, default)
-        for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1))
-    ]
-    stride, padding, dilation, groups = options
-    make: Any = partial(
-        same_window if padding == "same" else window_of, size=weight.axes[2:], stride=stride, dilation=dilation
-    )
-    if padding not in ("same", "valid"):
-        make = partial(make, before=padding)
-    make(1)
-    return partial(_convolve, window=make, groups=groups)
+    stride, dilation = call.argument(3, "stride", 1), call.argument(5, "dilation", 1)
+    padding = call.argument(4, "padding", 0)
+    make: Any = same_window if padding == "same" else partial(window_of, before=0 if padding == "valid" else padding)
+    window = partial(make, size=weight.axes[2:], stride=stride, dilation=dilation)
+    window(1)
+    return partial(_convolve, window=window, groups=call.argument(6, "groups", 1))
 
 
 def _convolve(
@@ -501,44 +472,29 @@ def _normalise_rows(
     return with_features(x, functional.layer_norm(x.F, shape, weight, bias, eps))
 
 
-def shape_of(x: SparseTensor, axes: Sequence[Any]) -> torch.Size:
-    """The dense shape that a map of these axes would have."""
+@_functions("getattr", "size", "dim", "ndimension")
+def _described(call: Call) -> Row:
+    """What the dense network would read of a map's shape and kind."""
+    axes, name = call.operands[0].axes, call.args[1] if call.name == "getattr" else call.name
+    if name in ("shape", "size"):
+        return partial(_shape, axes=axes, place=call.argument(1, "dim") if name == "size" else None)
+    if name in ("dim", "ndimension", "ndim"):
+        return partial(_number, value=len(axes))
+    if name in ("dtype", "device"):
+        return partial(_feature_attribute, name=name)
+    raise ValueError(f"reads .{name}")
+
+
+def _shape(x: SparseTensor, axes: Sequence[Any], place: int | None) -> Any:
     images, height, width = x.coordinate_manager.extent(stride_of(x))
     lengths = {"B": images, "H": height, "W": width, "HW": height * width}
-    return torch.Size(lengths.get(axis, axis) for axis in axes)
-
-
-@_functions("size")
-def _size(call: Call) -> Row:
-    place = call.argument(1, "dim")
-    axes = call.operands[0].axes
-    return partial(_size_of, axes=axes, place=place)
-
-
-def _size_of(x: SparseTensor, axes: Sequence[Any], place: int | None) -> Any:
-    shape = shape_of(x, axes)
+    shape = torch.Size(lengths.get(axis, axis) for axis in axes)
     return shape if place is None else shape[place]
-
-
-@_functions("getattr")
-def _attribute(call: Call) -> Row:
-    if call.args[1] == "shape":
-        return partial(_size_of, axes=call.operands[0].axes, place=None)
-    if call.args[1] in ("dtype", "device"):
-        return partial(_feature_attribute, name=call.args[1])
-    if call.args[1] == "ndim":
-        return partial(_number, value=len(call.operands[0].axes))
-    raise ValueError(f"reads .{call.args[1]}")
-
-
-def _feature_attribute(x: SparseTensor, name: str) -> Any:
-    return getattr(x.F, name)
-
-
-@_functions("dim", "ndimension")
-def _dimensions(call: Call) -> Row:
-    return partial(_number, value=len(call.operands[0].axes))
 
 
 def _number(x: SparseTensor, value: int) -> int:
     return value
+
+
+def _feature_attribute(x: SparseTensor, name: str) -> Any:
+    return getattr(x.F, name)

@@ -62,11 +62,6 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 """Places before and behind a map, each (down, across)."""
 
 
-def is_padding(function: Any) -> bool:
-    """Whether a function pads."""
-    return getattr(function, "__name__", "") == "pad"
-
-
 def padding_of(value: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Padding:
     """Where `torch.nn.functional.pad` adds zeros to a map.
 
@@ -271,14 +266,18 @@ class FrozenBatchNorm2d(nn.Module):
         me: Any = self
         scale = me.weight * (me.running_var + me.eps).rsqrt()
         out = with_features(x, x.F * scale + (me.bias - me.running_mean * scale))
-        return rowwise(me.act, rowwise(me.drop, out)) if hasattr(me, "act") else out
+        return _activated(self, out) if hasattr(me, "act") else out
 
 
-class SameConv2d(Conv2d):
-    """timm's convolution with "same" padding, which lies behind the map first."""
+class Same(Padded):
+    """timm's "same" padding, whose odd place lies behind the map."""
 
     def window(self, in_stride: int) -> Window:
         return self.same_window(in_stride)
+
+
+class SameConv2d(Same, Conv2d):
+    """timm's convolution with "same" padding."""
 
 
 class StandardisedConv2d(Conv2d):
@@ -298,18 +297,12 @@ class StandardisedConv2d(Conv2d):
         return convolve(x, weight, self.bias, self.window(stride_of(x)), self.groups)
 
 
-class SameMaxPool2d(MaxPool2d):
+class SameMaxPool2d(Same, MaxPool2d):
     """timm's max pooling with "same" padding."""
 
-    def window(self, in_stride: int) -> Window:
-        return self.same_window(in_stride)
 
-
-class SameAvgPool2d(AvgPool2d):
+class SameAvgPool2d(Same, AvgPool2d):
     """timm's average pooling with "same" padding, which counts as sites."""
-
-    def window(self, in_stride: int) -> Window:
-        return self.same_window(in_stride)
 
     def forward(self, x: SparseTensor) -> SparseTensor:
         window = self.window(stride_of(x))
