@@ -34,12 +34,26 @@ class Padded(SparseLayer):
 
     around: tuple[Pair, Pair] = ((0, 0), (0, 0))
 
+    def window(self, in_stride: int) -> Window:
+        """The geometry on sites of a stride.
+
+        Raises:
+            ValueError: if it shifts sites.
+        """
+        raise NotImplementedError
+
     def check(self) -> None:
         """Refuse what cannot be computed.
 
         Raises:
             ValueError: naming it.
         """
+        self.window(1)
+
+    @property
+    def reads_zeros(self) -> bool:
+        """Whether zeros are added around the map."""
+        return self.around != ((0, 0), (0, 0))
 
     def padding_of(self, own: Any) -> tuple[Pair, Pair]:
         """Its own padding, on both sides, with what is added before.
@@ -60,13 +74,9 @@ class Padded(SparseLayer):
             ValueError: if there are other zeros around the map.
         """
         me: Any = self
-        if self.around != ((0, 0), (0, 0)):
+        if self.reads_zeros:
             raise ValueError("pads what is padded with zeros")
         return same_window(in_stride, me.kernel_size, me.stride, getattr(me, "dilation", 1))
-
-    def is_padded_twice(self, own: Any) -> bool:
-        """Whether it has padding of its own beside what is added."""
-        return self.around != ((0, 0), (0, 0)) and _pair(own) != (0, 0)
 
 
 class Conv2d(Padded, nn.Conv2d):
@@ -84,17 +94,11 @@ class Conv2d(Padded, nn.Conv2d):
         self.check()
 
     def check(self) -> None:
-        """Refuse a geometry that shifts sites.
-
-        Raises:
-            ValueError: naming it.
-        """
         if self.padding_mode != "zeros":
             raise ValueError(f"padding_mode={self.padding_mode!r}: sparse convolutions pad with zeros")
-        self.window(1)
+        super().check()
 
     def window(self, in_stride: int) -> Window:
-        """The geometry on sites of a stride."""
         if self.padding == "same":
             return self.same_window(in_stride)
         before, behind = self.padding_of(0 if self.padding == "valid" else self.padding)
@@ -129,59 +133,51 @@ def convolve(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Windo
     return at_stride(x, window.out_stride, rows if bias is None else rows + bias)
 
 
-class MaxPool2d(Padded, nn.MaxPool2d):
+class Pool2d(Padded):
+    """A pooling, whose own padding is not zeros."""
+
+    padding: Any
+
+    def check(self) -> None:
+        if self.reads_zeros and _pair(self.padding) != (0, 0):
+            raise ValueError("pads what is padded with zeros")
+        super().check()
+
+
+class MaxPool2d(Pool2d, nn.MaxPool2d):
     """`torch.nn.MaxPool2d`: the maximum over the visible sites under the kernel; empty sites are ignored, not zero."""
 
     def window(self, in_stride: int) -> Window:
-        """The geometry on sites of a stride."""
         before, behind = self.padding_of(self.padding)
         return window_of(in_stride, self.kernel_size, self.stride, self.dilation, before, behind, self.ceil_mode)
 
     def check(self) -> None:
-        """Refuse what a map has no place for.
-
-        Raises:
-            ValueError: for indices, zeros beside padding, and a geometry that shifts sites.
-        """
         if self.return_indices:
             raise ValueError("returns indices, which are of the dense map")
-        if self.is_padded_twice(self.padding):
-            raise ValueError("pads what is padded with zeros")
-        self.window(1)
+        super().check()
 
     def forward(self, x: SparseTensor) -> SparseTensor:
-        window, zeros = self.window(stride_of(x)), self.around != ((0, 0), (0, 0))
+        window = self.window(stride_of(x))
         if is_native(x):
-            rows = native.max_pool(x.F, window, x.coordinate_manager.neighbours, zeros)
+            rows = native.max_pool(x.F, window, x.coordinate_manager.neighbours, self.reads_zeros)
             return at_stride(x, window.out_stride, rows)
-        if zeros:
+        if self.reads_zeros:
             raise EngineError("MinkowskiEngine has no pooling of a map that is padded: use the backend native")
         return minkowski.pool(_in_engine_dtype(x), window, "MAX")
 
 
-class AvgPool2d(Padded, nn.AvgPool2d):
+class AvgPool2d(Pool2d, nn.AvgPool2d):
     """`torch.nn.AvgPool2d`: the mean over the visible sites under the kernel, and over padding where torch counts it.
 
     Empty sites enter neither the sum nor the number that divides it, unless `divisor_override` is given.
     """
 
     def window(self, in_stride: int) -> Window:
-        """The geometry on sites of a stride."""
         before, behind = self.padding_of(self.padding)
         return window_of(in_stride, self.kernel_size, self.stride, 1, before, behind, self.ceil_mode)
 
-    def check(self) -> None:
-        """Refuse a geometry that shifts sites.
-
-        Raises:
-            ValueError: naming it.
-        """
-        if self.is_padded_twice(self.padding):
-            raise ValueError("pads what is padded with zeros")
-        self.window(1)
-
     def forward(self, x: SparseTensor) -> SparseTensor:
-        counted = self.count_include_pad or self.around != ((0, 0), (0, 0))
+        counted = self.count_include_pad or self.reads_zeros
         behind = self.padding_of(self.padding)[1] if counted else None
         return average_pool(x, self.window(stride_of(x)), behind, self.divisor_override)
 

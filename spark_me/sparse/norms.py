@@ -60,16 +60,20 @@ class BatchNorm2d(SparseLayer, nn.BatchNorm2d):
         Raises:
             ValueError: if `shortcut` lives on other sites, or a norm without running statistics sees a single site.
         """
-        if self.synchronised and self.training and several_processes():
-            return complete(with_features(x, synchronized_batch_norm(x.F, self)), shortcut, drop_path, relu)
-        if not computes_in_triton(x.F):
-            return complete(with_features(x, self._normalise(x.F)), shortcut, drop_path, relu)
-        from spark_me.sparse.kernels.batch_norm import fused_batch_norm
+        synchronise = self.synchronised and self.training and several_processes()
+        if not synchronise and computes_in_triton(x.F):
+            from spark_me.sparse.kernels.batch_norm import fused_batch_norm
 
+            if shortcut is not None:
+                require_same_sites(x, shortcut)
+            scale = None if drop_path is None else drop_path.draw(x)
+            return with_features(x, fused_batch_norm(self, x.F, None if shortcut is None else shortcut.F, scale, relu))
+        out = with_features(x, synchronized_batch_norm(x.F, self) if synchronise else self._normalise(x.F))
+        if drop_path is not None:
+            out = drop_path(out)
         if shortcut is not None:
-            require_same_sites(x, shortcut)
-        scale = None if drop_path is None else drop_path.draw(x)
-        return with_features(x, fused_batch_norm(self, x.F, None if shortcut is None else shortcut.F, scale, relu))
+            out = add(out, shortcut)
+        return with_features(out, functional.relu_(out.F)) if relu else out
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() != 2:
@@ -89,16 +93,6 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(norm, BatchNorm2d):
             norm.synchronised = True
     return sync_batch_norm.convert_sync_batchnorm(module)
-
-
-def complete(
-    normalised: SparseTensor, shortcut: SparseTensor | None, drop_path: DropPath | None, relu: bool
-) -> SparseTensor:
-    """What `BatchNorm2d` does after normalising, in operations of their own; ReLU overwrites its input."""
-    x = normalised if drop_path is None else drop_path(normalised)
-    if shortcut is not None:
-        x = add(x, shortcut)
-    return with_features(x, functional.relu_(x.F)) if relu else x
 
 
 EPSILON = 1e-6

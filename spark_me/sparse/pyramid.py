@@ -91,10 +91,17 @@ class Pyramid(ME.CoordinateManager):
             self._raster_indices[stride] = (image * height + y) * width + x
         return self._raster_indices[stride]
 
-    def raster(self, rows: Tensor, stride: int) -> Tensor:
-        """Lay features [N, C] at `stride` into dense maps [B, C, H/s, W/s], channels last, zero at empty sites."""
+    def raster(self, rows: Tensor, stride: int, fill: Tensor | None = None) -> Tensor:
+        """Lay features [N, C] at `stride` into dense maps [B, C, H/s, W/s], channels last in memory.
+
+        Args:
+            rows: features, canonical order.
+            stride: tensor stride of the rows.
+            fill: [C], the value at every empty site; zero when None.
+        """
         images, height, width = self.extent(stride)
-        places = rows.new_zeros(images * height * width, rows.shape[1])
+        shape = images * height * width, rows.shape[1]
+        places = rows.new_zeros(shape) if fill is None else fill.to(rows.dtype).expand(shape).clone()
         places = places.index_copy_(0, self.raster_index(stride), rows)
         return places.view(images, height, width, -1).permute(0, 3, 1, 2)
 

@@ -70,13 +70,8 @@ def to_dense(x: SparseTensor, fill: Tensor | None = None) -> Tensor:
         x: a sparse tensor on a `Pyramid`.
         fill: [C], the value at every empty site; zero when None.
     """
-    pyramid, stride = x.coordinate_manager, stride_of(x)
-    images, height, width = pyramid.extent(stride)
-    channels = x.F.shape[1]
-    background = x.F.new_zeros(channels) if fill is None else fill.to(x.F.dtype)
-    rows = background.expand(images * height * width, channels)
-    rows = rows.index_copy(0, pyramid.raster_index(stride), x.F)
-    return rows.view(images, height, width, channels).permute(0, 3, 1, 2)
+    dense: Tensor = x.coordinate_manager.raster(x.F, stride_of(x), fill)
+    return dense
 
 
 def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
@@ -94,8 +89,8 @@ def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
     pyramid, stride = x.coordinate_manager, stride_of(x)
     images, height, width = pyramid.extent(stride)
     dtype = compute_dtype(weight)
-    inputs = x.F.to(dtype), weight.to(dtype)
+    rows, weight = x.F.to(dtype), weight.to(dtype)
     if weight.shape[-1] == 1:
-        return to_dense(with_features(x, functional.linear(inputs[0], inputs[1].flatten(1))))
-    rows = native.convolution_to_raster(*inputs, stride, pyramid)
+        return to_dense(with_features(x, functional.linear(rows, weight.flatten(1))))
+    rows = native.convolution_to_raster(rows, weight, stride, pyramid)
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)
