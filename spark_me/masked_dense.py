@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from spark_me.masking import upsample_visible
 
-_REDUCTIONS = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1}
-_REDUCTIONS |= {"norm": 2, "linalg_vector_norm": 2, "softmax": 1}
+_REDUCTIONS = dict.fromkeys(("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "softmax"), 1)
+_REDUCTIONS |= dict.fromkeys(("norm", "linalg_vector_norm"), 2)
 """Functions over some dimensions, and the place of `dim` among their arguments."""
 
 _FILL = {"amax": -math.inf, "amin": math.inf, "softmax": -math.inf}
@@ -27,32 +27,11 @@ _FILL = {"amax": -math.inf, "amin": math.inf, "softmax": -math.inf}
 
 _PERMUTATIONS = {"permute", "transpose", "movedim", "swapaxes"}
 _ZERO_TO_ZERO = _PERMUTATIONS | {
-    "relu",
-    "relu6",
-    "hardtanh",
-    "leaky_relu",
-    "prelu",
-    "gelu",
-    "silu",
-    "hardswish",
-    "mish",
-}
-_ZERO_TO_ZERO |= {
-    "elu",
-    "selu",
-    "celu",
-    "tanh",
-    "abs",
-    "neg",
-    "square",
-    "dropout",
-    "dropout2d",
-    "div",
-    "clone",
-    "detach",
-}
-_ZERO_TO_ZERO |= {"to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "view", "reshape", "flatten"}
-_ZERO_TO_ZERO |= {"unflatten", "unsqueeze", "chunk", "split", "getitem"}
+    "relu", "relu6", "hardtanh", "leaky_relu", "prelu", "gelu", "silu", "hardswish", "mish", "elu", "selu", "celu",
+    "tanh", "abs", "neg", "square", "dropout", "dropout2d", "div", "clone", "detach", "to", "float", "double", "half",
+    "bfloat16", "type_as", "contiguous", "view", "reshape", "flatten", "unflatten", "unsqueeze", "chunk", "split",
+    "getitem",
+}  # fmt: skip
 _SUMS = {"add", "sub", "cat", "concat", "stack"}
 _PRODUCTS = {"mul", "multiply"}
 """Functions that are zero where their first input is, where all inputs are, where one is and the others are finite."""
@@ -313,15 +292,9 @@ class _Masking(TorchFunctionMode):
         return (spread, mean) if "mean" in name else spread
 
     def _conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        self, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
         groups: int = 1,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         size, options = tuple(weight.shape[2:]), (stride, padding, dilation)
         if self.forwards and type(self.forwards[-1]).__name__ == "BlurPool2d":  # timm's: a fixed depthwise filter
             return self._mean(

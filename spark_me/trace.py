@@ -6,6 +6,7 @@ Needs torch alone: weights are checked, and dense networks give their maps, with
 import importlib
 import os
 import re
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -268,32 +269,16 @@ LIBRARY_LEAVES: dict[str, tuple[str, ...]] = {
     "torchvision.ops": ("StochasticDepth", "FrozenBatchNorm2d"),
     "torchvision.models.convnext": ("LayerNorm2d",),
     "timm.layers": (
-        "BatchNormAct2d",
-        "BlurPool2d",
-        "DropPath",
-        "EvoNorm2dS0",
-        "EvoNorm2dS0a",
-        "FilterResponseNormAct2d",
-        "FilterResponseNormTlu2d",
-        "FrozenBatchNormAct2d",
-        "GlobalResponseNorm",
-        "GroupNorm",
-        "GroupNorm1",
-        "GroupNormAct",
-        "LayerNorm",
-        "LayerNorm2d",
-        "LayerNormAct",
-        "LayerNormAct2d",
-        "ScaledStdConv2d",
-        "ScaledStdConv2dSame",
-        "StdConv2d",
-        "StdConv2dSame",
+        "BatchNormAct2d", "BlurPool2d", "DropPath", "EvoNorm2dS0", "EvoNorm2dS0a", "FilterResponseNormAct2d",
+        "FilterResponseNormTlu2d", "FrozenBatchNormAct2d", "GlobalResponseNorm", "GroupNorm", "GroupNorm1",
+        "GroupNormAct", "LayerNorm", "LayerNorm2d", "LayerNormAct", "LayerNormAct2d", "ScaledStdConv2d",
+        "ScaledStdConv2dSame", "StdConv2d", "StdConv2dSame",
     ),
     "timm.layers.conv2d_same": ("Conv2dSame",),
     "timm.layers.grn": ("GlobalResponseNorm",),
     "timm.layers.pool2d_same": ("AvgPool2dSame", "MaxPool2dSame"),
     "timm.models.vgg": ("ConvMlp",),
-}
+}  # fmt: skip
 """Layers of torchvision and timm that are one operation each, by module; or a head that decides by values."""
 
 
@@ -381,11 +366,9 @@ def _value_of(first: Sequence[int], second: Sequence[int]) -> Value:
         axis, stride = (pair[0], None) if pair[0] == pair[1] else known.get(pair, ("?", None))
         axes.append(axis)
         strides |= {stride} - {None}
-    return (
-        Value(tuple(axes), strides.pop())
-        if len(strides) == 1
-        else Value(tuple("?" if a in ("H", "W", "HW") else a for a in axes))
-    )
+    if len(strides) == 1:
+        return Value(tuple(axes), strides.pop())
+    return Value(tuple("?" if axis in ("H", "W", "HW") else axis for axis in axes))
 
 
 def _left_strides(order: Sequence[fx.Node], values: dict[fx.Node, Any]) -> dict[str, int]:
@@ -463,8 +446,6 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _place_of_error(error: Exception) -> str:
-    import traceback
-
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
     own = [frame for frame in frames if not frame.filename.endswith("spark_me/trace.py")]
     return f"{own[-1].filename}, line {own[-1].lineno}" if own else "in torch"
