@@ -29,7 +29,7 @@ STEPS_OF_SEGMENT = 6
 
 
 @dataclass(frozen=True)
-class Of:
+class Result:
     """Stands for the result of a step among the arguments of another."""
 
     step: int
@@ -64,7 +64,7 @@ class Step:
     def operands(self) -> set[int]:
         """Numbers of the steps whose results it takes."""
         found: set[int] = set()
-        map_aggregate((self.args, self.kwargs), lambda each: found.add(each.step) if isinstance(each, Of) else None)
+        map_aggregate((self.args, self.kwargs), lambda each: found.add(each.step) if isinstance(each, Result) else None)
         return found
 
 
@@ -84,7 +84,7 @@ class Segment(NamedTuple):
     kept: frozenset[int]
 
 
-class Part(nn.Module):
+class Container(nn.Module):
     """A module of the author's that is only a place for others: it has no computation of its own here."""
 
     def __init__(self, name: str) -> None:
@@ -181,7 +181,7 @@ class SparseEncoder(nn.Module):
         """Arguments with results and attributes in the place of what stands for them."""
 
         def fill(argument: Any) -> Any:
-            if isinstance(argument, Of):
+            if isinstance(argument, Result):
                 return values[argument.step]
             return attrgetter(argument.path)(self) if isinstance(argument, Attribute) else argument
 
@@ -281,7 +281,7 @@ class _Translation:
 
     def _reference(self, node: fx.Node) -> Any:
         """What stands for a node's result among arguments."""
-        return Attribute(str(node.target)) if node.op == "get_attr" else Of(self.numbers[node])
+        return Attribute(str(node.target)) if node.op == "get_attr" else Result(self.numbers[node])
 
     def _own_function(self, node: fx.Node) -> Any:
         """What the author called: on values of images, on parameters and on numbers it is as it was."""
@@ -316,7 +316,7 @@ class _Translation:
             number, path = step.result, f"{path}_drop_path"
             self.layers[path] = sparse.DropPath(rate)
             hidden = -number  # the norm's own result, which nothing else takes
-            self.steps[-1:] = [replace(step, result=hidden), Step(number, path, None, (Of(hidden),))]
+            self.steps[-1:] = [replace(step, result=hidden), Step(number, path, None, (Result(hidden),))]
 
     def _function(self, node: fx.Node, number: int) -> Step:
         name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
@@ -345,7 +345,7 @@ class _Translation:
         assert isinstance(source, fx.Node) and isinstance(rate, float | int)
         path = f"{path_of(node)}.{node.name}".lstrip(".")
         self.layers[path] = nn.Dropout(rate)
-        return Step(number, path, modules.rowwise, (Of(self.numbers[source]),))
+        return Step(number, path, modules.rowwise, (Result(self.numbers[source]),))
 
     def _value(self, node: fx.Node) -> Value:
         value = self.values.get(node)
@@ -377,7 +377,7 @@ def _place(encoder: nn.Module, network: nn.Module, path: str, layer: Any) -> Non
     for parent in parents:
         theirs = getattr(theirs, parent)
         if not hasattr(place, parent):
-            place.add_module(parent, Part(type(theirs).__name__))
+            place.add_module(parent, Container(type(theirs).__name__))
         place = getattr(place, parent)
     if isinstance(layer, nn.Module):
         place.add_module(name, layer)
@@ -423,7 +423,7 @@ def _fused(steps: list[Step], encoder: SparseEncoder) -> list[Step]:
                 chain.append(follower)
                 follower = only_user(follower)
             if follower is not None and follower.function is sparse.add and follower.result not in replaced:
-                other = [arg for arg in follower.args if arg != Of(chain[-1].result)]
+                other = [arg for arg in follower.args if arg != Result(chain[-1].result)]
                 if len(other) == 1:
                     options["shortcut"] = other[0]
                     chain.append(follower)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from spark_me import sparse
-from spark_me.sparse.rules.modules import dressed
+from spark_me.sparse.rules.modules import from_dense
 
 PATCH = 8
 
@@ -22,7 +22,7 @@ def compare_convolution(arguments, backend, assert_close, side=PATCH, dtype=torc
     """
     reference = nn.Conv2d(**arguments).to(dtype)
     # as an encoder makes it: with zeros around, its own padding need not keep the sites in place
-    layer: Any = dressed(sparse.Conv2d, copy.deepcopy(reference)) if any(padding) else sparse.Conv2d(**arguments)
+    layer: Any = from_dense(sparse.Conv2d, copy.deepcopy(reference)) if any(padding) else sparse.Conv2d(**arguments)
     layer.to(dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
@@ -157,7 +157,7 @@ def test_other_padding_than_zeros_is_refused(mode):
 
 def test_zeros_beside_other_padding_than_zeros_are_refused():
     for padding, around in (("same", ((0, 0), (1, 1))), (1, ((0, -1), (0, 1)))):
-        layer = dressed(sparse.Conv2d, nn.Conv2d(4, 4, 3, padding=padding))
+        layer = from_dense(sparse.Conv2d, nn.Conv2d(4, 4, 3, padding=padding))
         layer.around = around
         with pytest.raises(ValueError, match="pads what is (padded with zeros|cropped)"):
             layer.check()

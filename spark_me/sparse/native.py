@@ -18,10 +18,10 @@ from spark_me.sparse.neighbours import (
     Pair,
     Pairs,
     Window,
-    every,
     fold,
     images_of,
     rows_of,
+    subsample,
     tile_shape,
     tiles_of,
 )
@@ -88,7 +88,7 @@ def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighb
     """
     if window.volume == 1 and window.before == (0, 0):
         if window.stride > 1:
-            rows = every(rows, window.stride, neighbours.side(window.in_stride))
+            rows = subsample(rows, window.stride, neighbours.side(window.in_stride))
         return multiply(rows, weight.flatten(1), groups)  # a view, whose gradient is one, too
     if window.span == (window.stride, window.stride) and window.before == (0, 0) and groups == 1:
         return _patchify(rows, weight, window, neighbours)

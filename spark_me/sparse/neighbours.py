@@ -331,10 +331,10 @@ def _rectangle(first: Pair, length: Pair) -> tuple[Reads, Reads]:
 
 def _present(table: Tensor, missing: int, height: int) -> Iterator[tuple[Pair, Tensor, Tensor]]:
     """Of each kernel offset (down, across) of a table [K, n] that finds anything: the columns that do, and what."""
-    for offset, entries in enumerate(table.long()):
+    for offset, entries in enumerate(table):
         columns = (entries < missing).nonzero().flatten()
         if len(columns):
-            yield (offset % height, offset // height), columns, entries[columns]
+            yield (offset % height, offset // height), columns, entries[columns].long()
 
 
 def tiles_of(rows: Tensor, window: Window, neighbours: Neighbours, empty: float) -> Tensor:
@@ -385,7 +385,7 @@ def _overlap(start: int, length: int, side: int) -> tuple[slice, slice]:
     return slice(first, last), slice(first - start, last - start)
 
 
-def every(rows: Tensor, step: int, side: int) -> Tensor:
+def subsample(rows: Tensor, step: int, side: int) -> Tensor:
     """The first of every step × step sites: rows of patches of `side`² sites → of (side / step)² sites."""
     blocks = rows.reshape(-1, side // step, step, side // step, step, rows.shape[1])
     return blocks[:, :, 0, :, 0].flatten(0, 2)

@@ -22,7 +22,7 @@ from spark_me.sparse.images import (
     sum_over_images,
 )
 from spark_me.sparse.layers import add, convolve, same_window, window_of
-from spark_me.sparse.neighbours import Window, every
+from spark_me.sparse.neighbours import Window, subsample
 from spark_me.sparse.rules.modules import layer_of, require_channels_last, shown_axes
 from spark_me.sparse.tensor import SparseTensor, at_stride, stride_of, with_features
 from spark_me.trace import Value
@@ -57,12 +57,13 @@ def is_sparse(value: Any) -> bool:
     return isinstance(value, SparseTensor)  # type: ignore[misc]  # the engine has no types
 
 
-Row = Callable[..., Any]
+Compute = Callable[..., Any]
 """From the operands (sparse tensors, and dense tensors of images or parameters) to the result."""
-FUNCTIONS: dict[str, Callable[[Call], Row]] = {}
+Rule = Callable[[Call], Compute]
+FUNCTIONS: dict[str, Rule] = {}
 
 
-def function_of(call: Call) -> Row:
+def function_of(call: Call) -> Compute:
     """What computes a call on sparse tensors.
 
     Raises:
@@ -73,8 +74,8 @@ def function_of(call: Call) -> Row:
     return FUNCTIONS[call.name](call)
 
 
-def _functions(*names: str) -> Callable[[Callable[[Call], Row]], Callable[[Call], Row]]:
-    def register(make: Callable[[Call], Row]) -> Callable[[Call], Row]:
+def _functions(*names: str) -> Callable[[Rule], Rule]:
+    def register(make: Rule) -> Rule:
         FUNCTIONS.update(dict.fromkeys(names, make))
         return make
 
@@ -94,13 +95,13 @@ POINTWISE = (
 
 
 @_functions(*POINTWISE)
-def _pointwise(call: Call) -> Row:
+def _pointwise(call: Call) -> Compute:
     out: Value = call.out
     if not isinstance(out, Value) or not out.is_map:
         raise ValueError(f"gives {out}, no map")
     maps = [value for value in call.operands if value.is_map]
-    two = len(call.operands) == 2 and not call.kwargs
-    if call.name in ("add", "iadd") and two and len(maps) == 2 and maps[0].axes == maps[1].axes:
+    same = len(maps) == len(call.operands) == 2 and maps[0].axes == maps[1].axes
+    if call.name in ("add", "iadd") and same and not call.kwargs:
         return add
     if call.name in ("mul", "imul", "multiply") and len(call.operands) == 2 and len(maps) == 1:
         other = next(value for value in call.operands if not value.is_map)
@@ -168,21 +169,21 @@ def _filled(argument: Any, rows: Any) -> Any:
 
 
 @_functions("contiguous", "clone", "detach_copy", "alias")
-def _same(call: Call) -> Row:
-    return _first
+def _same(call: Call) -> Compute:
+    return _identity
 
 
-def _first(x: SparseTensor, *others: Any) -> SparseTensor:
+def _identity(x: SparseTensor, *others: Any) -> SparseTensor:
     return x
 
 
 @_functions("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as")
-def _regrouped(call: Call) -> Row:
+def _reshaped(call: Call) -> Compute:
     """Axes of channels are joined or split, those of sites flattened: the rows are the same."""
     before, after = (_joined_channels(value) for value in (call.operands[0], call.out))
     if not isinstance(call.out, Value) or not call.out.is_map or before != after:
         raise ValueError(f"mixes sites and channels: {shown_axes(call.operands[0])} becomes {shown_axes(call.out)}")
-    return _first
+    return _identity
 
 
 def _joined_channels(value: Value) -> list[Any]:
@@ -198,12 +199,10 @@ def _joined_channels(value: Value) -> list[Any]:
 
 
 @_functions("expand_as")
-def _expanded(call: Call) -> Row:
+def _expanded(call: Call) -> Compute:
     """Values of images at each of their sites."""
     value, like = call.operands
-    if not value.of_images or not like.is_map:
-        raise ValueError(f"expands {shown_axes(value)} to {shown_axes(like)}")
-    if _channel_shape(value, like) != like.channels:
+    if not value.of_images or not like.is_map or _channel_shape(value, like) != like.channels:
         raise ValueError(f"expands {shown_axes(value)} to {shown_axes(like)}")
     return _spread
 
@@ -214,7 +213,7 @@ def _spread(of_images: Tensor, like: SparseTensor) -> SparseTensor:
 
 
 @_functions("permute", "transpose", "movedim", "moveaxis", "swapaxes")
-def _permuted(call: Call) -> Row:
+def _permuted(call: Call) -> Compute:
     """Channels among themselves are permuted; where the sites' axes stand beside them makes no difference."""
     value = call.operands[0]
     count = len(value.axes)
@@ -227,7 +226,7 @@ def _permuted(call: Call) -> Row:
     channels = [place for place in range(count) if isinstance(value.axes[place], int)]
     moved = [channels.index(place) for place in order if place in channels]
     if moved == sorted(moved):
-        return _first
+        return _identity
     return partial(_permute_channels, shape=value.channels, order=moved)
 
 
@@ -237,7 +236,7 @@ def _permute_channels(x: SparseTensor, shape: tuple[int, ...], order: list[int])
 
 
 @_functions("cat", "concat", "concatenate")
-def _concatenated(call: Call) -> Row:
+def _concatenated(call: Call) -> Compute:
     """Channels side by side."""
     first = call.operands[0]
     place = _channel_place(first, call.argument(1, "dim", call.kwargs.get("axis", 0)))
@@ -255,7 +254,7 @@ def _combine(
 
 
 @_functions("stack")
-def _stacked(call: Call) -> Row:
+def _stacked(call: Call) -> Compute:
     """A new axis of channels."""
     out: Value = call.out
     axis = call.argument(1, "dim", 0) % len(out.axes)
@@ -274,13 +273,12 @@ def _channel_place(value: Value, dim: Any) -> int:
 
 
 @_functions("chunk", "split", "split_with_sizes", "tensor_split", "unbind")
-def _divided(call: Call) -> Row:
+def _divided(call: Call) -> Compute:
     """Parts of the channels."""
     value = call.operands[0]
     place_of_dim = 1 if call.name == "unbind" else 2
     place = _channel_place(value, call.argument(place_of_dim, "dim", 0))
-    amount = call.args[1:2] if call.name != "unbind" else ()
-    amount = amount or tuple(each for name, each in call.kwargs.items() if name != "dim")
+    amount = call.args[1:place_of_dim] or tuple(each for name, each in call.kwargs.items() if name != "dim")
     return partial(_divide, shape=value.channels, place=place, name=call.name, amount=amount)
 
 
@@ -292,7 +290,7 @@ def _divide(
 
 
 @_functions("getitem", "narrow")
-def _selected(call: Call) -> Row:
+def _selected(call: Call) -> Compute:
     """A part of the channels, or every n-th site."""
     value, index = call.operands[0], call.args[1]
     index = index if isinstance(index, tuple) else (index,)
@@ -317,13 +315,13 @@ def _select(x: SparseTensor, shape: tuple[int, ...], index: tuple[Any, ...], ste
     rows = _joined_rows(rows)
     if step == 1:
         return with_features(x, rows)
-    rows = every(rows, step, x.coordinate_manager.neighbours.side(stride))
+    rows = subsample(rows, step, x.coordinate_manager.neighbours.side(stride))
     return at_stride(x, stride * step, rows)
 
 
 # Reductions over the sites of each image give a dense tensor, those over channels a map.
 @_functions("mean", "sum", "amax", "var", "std", "norm", "vector_norm", "linalg_vector_norm", "softmax", "logsumexp")
-def _reduced(call: Call) -> Row:
+def _reduced(call: Call) -> Compute:
     value = call.operands[0]
     place_of_dim = 2 if call.name in ("norm", "vector_norm", "linalg_vector_norm") else 1
     dim = call.argument(place_of_dim, "dim", call.kwargs.get("axis"))
@@ -403,17 +401,17 @@ class _OfChannels:
 
 
 @_functions("adaptive_avg_pool2d", "adaptive_max_pool2d")
-def _pooled(call: Call) -> Row:
+def _pooled(call: Call) -> Compute:
     if not isinstance(call.out, Value) or not call.out.of_images or call.out.axes[2:] != (1, 1):
         raise ValueError(f"gives {call.out}: pools to 1×1 alone")
     reduction = _mean if call.name == "adaptive_avg_pool2d" else global_maximum
     return partial(_reduce, reduction=reduction, shape=call.out.axes[1:])
 
 
-def _as_module(kind: type[nn.Module], *names: str) -> Callable[[Call], Row]:
+def _as_module(kind: type[nn.Module], *names: str) -> Rule:
     """A function by the module of the same arguments, without the input."""
 
-    def make(call: Call) -> Row:
+    def make(call: Call) -> Compute:
         module = kind(**dict(zip(names, call.args[1:])), **call.kwargs)
         layer, _ = layer_of(module, call.operands[0])
         return layer
@@ -421,17 +419,16 @@ def _as_module(kind: type[nn.Module], *names: str) -> Callable[[Call], Row]:
     return make
 
 
-FUNCTIONS["max_pool2d"] = _as_module(
+FUNCTIONS["max_pool2d"] = FUNCTIONS["boolean_dispatch"] = _as_module(
     nn.MaxPool2d, "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"
 )
-FUNCTIONS["boolean_dispatch"] = FUNCTIONS["max_pool2d"]
 FUNCTIONS["avg_pool2d"] = _as_module(
     nn.AvgPool2d, "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
 )
 
 
 @_functions("conv2d")
-def _convolved(call: Call) -> Row:
+def _convolved(call: Call) -> Compute:
     weight = call.argument(1, "weight")
     if not isinstance(weight, Value) or not all(isinstance(axis, int) for axis in weight.axes):
         raise ValueError("convolves with weights that depend on the image")
@@ -450,17 +447,17 @@ def _convolve(
 
 
 @_functions("linear")
-def _linear(call: Call) -> Row:
+def _linear(call: Call) -> Compute:
     require_channels_last(call.operands[0])
-    return _at_rows
+    return _linear_of_rows
 
 
-def _at_rows(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
+def _linear_of_rows(x: SparseTensor, weight: Tensor, bias: Tensor | None = None) -> SparseTensor:
     return with_features(x, functional.linear(x.F, weight, bias))
 
 
 @_functions("layer_norm")
-def _layer_norm(call: Call) -> Row:
+def _layer_norm(call: Call) -> Compute:
     require_channels_last(call.operands[0])
     shape, eps = call.argument(1, "normalized_shape"), call.argument(4, "eps", 1e-5)
     return partial(_normalise_rows, shape=list(shape), eps=eps)
@@ -473,7 +470,7 @@ def _normalise_rows(
 
 
 @_functions("getattr", "size", "dim", "ndimension")
-def _described(call: Call) -> Row:
+def _described(call: Call) -> Compute:
     """What the dense network would read of a map's shape and kind."""
     axes, name = call.operands[0].axes, call.args[1] if call.name == "getattr" else call.name
     if name in ("shape", "size"):

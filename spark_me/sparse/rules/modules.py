@@ -45,7 +45,7 @@ def rule(*kinds: type[nn.Module]) -> Callable[[Kind], Kind]:
 
     def register(layer: Kind) -> Kind:
         for kind in kinds:
-            MODULES[kind] = partial(dressed, layer)
+            MODULES[kind] = partial(from_dense, layer)
             LEAVES.add(kind)
         return layer
 
@@ -76,7 +76,7 @@ def padding_of(value: Value, args: Sequence[Any], kwargs: dict[str, Any]) -> Pad
     return (top, left), (bottom, right)
 
 
-def dressed(layer: type[nn.Module], module: nn.Module) -> nn.Module:
+def from_dense(layer: type[nn.Module], module: nn.Module) -> nn.Module:
     """A layer with the attributes, parameters and buffers of a module.
 
     Raises:
@@ -393,7 +393,7 @@ def library_rules() -> None:
     for name, kind in library_types(LIBRARY_LEAVES):
         if name in LIBRARY_RULES:
             layer = LIBRARY_RULES[name]
-            MODULES.setdefault(kind, partial(dressed, layer) if isinstance(layer, type) else layer)
+            MODULES.setdefault(kind, partial(from_dense, layer) if isinstance(layer, type) else layer)
 
 
 def refusal(place: str, reason: str, network: str) -> UserError:
