@@ -1,27 +1,42 @@
 """The benchmark's figures: timed by a fake clock, computed from invented times, and real ones of tiny cases."""
 
 import dataclasses
+import io
 import json
+import math
 
 import pytest
 import torch
 from conftest import randomise, relative_error
+from tiny_bench import DENSE, MASKED, MINKOWSKI, NATIVE, TINY
 
 from spark_me import sparse
-from spark_me.bench import BACKENDS, SCOPES, Case, Report, Sweep, measure
-from spark_me.bench.report import format_report, format_sweep
-from spark_me.bench.results import compare
-from spark_me.bench.sweep import SWEEPS, cases_of, draw_sweep, fit_line
-from spark_me.bench.timing import calls_of_a_pass, count_units, time_interleaved
-from spark_me.bench.workloads import DenseSparK, MaskedDenseSparK, Variant, Workload, headless, variants_of
+from spark_me.bench.report import format_record
+from spark_me.bench.sweep import cases_of, draw_sweep, fit_line, medians_of, shares_of, sweep_of
+from spark_me.bench.timing import (
+    Record,
+    Tables,
+    case_on_machine,
+    compare,
+    count_units,
+    fastest_rows,
+    measure,
+    time_interleaved,
+)
+from spark_me.bench.workloads import (
+    BACKENDS,
+    SCOPES,
+    Case,
+    DenseSparK,
+    MaskedDenseSparK,
+    Workload,
+    headless,
+    variants_of,
+)
 from spark_me.errors import UserError
-from spark_me.machine import describe_machine
 
-TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)
 CONVNEXTS = ("convnext_tiny", "convnextv2_atto")
-NATIVE, MINKOWSKI = Variant("native", None), Variant("minkowski", None)
-MASKED = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channels_last")]
-DENSE = [Variant("dense", "contiguous"), Variant("dense", "channels_last")]
+TWO_OF_FIVE = dataclasses.replace(TINY, batch=8, image_size=(32, 160), mask_ratio=0.6)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +67,7 @@ def test_rounds_interleave_and_neither_warmup_nor_clearing_counts():
     assert announced == ["warm-up a", "warm-up b", "timing a", "timing b", "timing a", "timing b"]
 
 
-def invented_result(fused: float = 0.5, dense: float = 2.0, visible_share: float = 0.4, scope: str = "encoder"):
+def invented_figures(fused: float = 0.5, dense: float = 2.0) -> Record:
     seconds = {
         NATIVE: [fused * 1.1, fused, fused * 0.8],
         MASKED[0]: [3.0, 3.0, 3.0],
@@ -61,70 +76,89 @@ def invented_result(fused: float = 0.5, dense: float = 2.0, visible_share: float
         DENSE[1]: [dense * 2] * 3,
     }
     memory = {NATIVE: 300, MASKED[0]: 500, MASKED[1]: 1000}
-    return compare(scope, seconds, memory, batch=8, visible_share=visible_share, table_seconds=0.02)
+    return compare(TWO_OF_FIVE, seconds, memory, [0.01, 0.02, 0.09])
 
 
 def test_ratios():
-    result = invented_result()
-    fused, contiguous, channels_last, dense, slow_dense = result.rows
-    assert (fused.median, fused.fastest, fused.slowest) == (0.5, 0.4, 0.55)
-    assert fused.images_per_second == 16
-    assert fused.speed_to_masked_dense == 5  # to the faster of its two formats
-    assert fused.speed_to_dense == 4
-    assert result.floor_seconds == pytest.approx(0.8)
-    assert fused.ratio_to_floor == pytest.approx(0.625)
-    assert fused.activation_ratio == pytest.approx(0.3)  # to the same format as the time
-    assert dense.activation_bytes is None and dense.activation_ratio is None
-    assert [row.baseline for row in result.rows] == [False, False, True, True, False]
-    assert contiguous.speed_to_masked_dense == pytest.approx(2.5 / 3)
-    assert slow_dense.speed_to_dense == 0.5
-    assert result.tables is not None and result.tables.share == pytest.approx(0.04)
-    assert result.fastest_row("masked_dense") == channels_last
+    result = invented_figures()
+    fused, contiguous, channels_last, dense, slow_dense = result["rows"]
+    assert (fused["median"], fused["fastest"], fused["slowest"]) == (0.5, 0.4, 0.55)
+    assert fused["images_per_second"] == 16
+    assert fused["speed_to_masked_dense"] == 5  # to the faster of its two formats
+    assert fused["speed_to_dense"] == 4
+    assert result["floor_seconds"] == pytest.approx(0.8)
+    assert fused["ratio_to_floor"] == pytest.approx(0.625)
+    assert fused["activation_ratio"] == pytest.approx(0.3)  # to the same format as the time
+    assert dense["activation_bytes"] is None and dense["activation_ratio"] is None
+    assert [row["baseline"] for row in result["rows"]] == [False, False, True, True, False]
+    assert contiguous["speed_to_masked_dense"] == pytest.approx(2.5 / 3)
+    assert slow_dense["speed_to_dense"] == 0.5
+    assert result["tables"]["share"] == pytest.approx(0.04)
+    assert fastest_rows(result)["masked_dense"] == channels_last
 
 
 def test_without_dense_backends_there_are_no_ratios():
-    result = compare("encoder", {MINKOWSKI: [1.0]}, {}, batch=2, visible_share=0.4)
-    (row,) = result.rows
-    assert result.floor_seconds is None and result.tables is None
-    assert row.speed_to_masked_dense is row.speed_to_dense is row.ratio_to_floor is row.activation_ratio is None
+    result = compare(TWO_OF_FIVE, {MINKOWSKI: [1.0]}, {})
+    (row,) = result["rows"]
+    assert result["floor_seconds"] is None and result["tables"] is None
+    ratios = ("speed_to_masked_dense", "speed_to_dense", "ratio_to_floor", "activation_ratio")
+    assert [row[ratio] for ratio in ratios] == [None] * 4
 
 
 def test_line_and_its_deviation():
     exact = fit_line([0.1, 0.5, 1.0], [1.2, 2.0, 3.0])
-    assert (exact.intercept, exact.slope) == (pytest.approx(1), pytest.approx(2))
-    assert exact.deviation == pytest.approx(0, abs=1e-9)
+    assert (exact["intercept"], exact["slope"]) == (pytest.approx(1), pytest.approx(2))
+    assert exact["deviation"] == pytest.approx(0, abs=1e-9)
     # by hand, with weights 1, 1 and 1/4: the line is (6 + 3 x) / 7, the last point lies 16/7 above its 12/7
     bent = fit_line([0, 1, 2], [1, 1, 4])
-    assert (bent.intercept, bent.slope, bent.deviation) == tuple(map(pytest.approx, (6 / 7, 3 / 7, 4 / 3)))
+    assert bent == pytest.approx({"intercept": 6 / 7, "slope": 3 / 7, "deviation": 4 / 3})
 
 
-def invented_sweep(name: str, values: list[float], fused: list[float]) -> Sweep:
+def invented_sweep(name: str, values: list[float], fused: list[float]) -> Record:
     reports = []
-    for case, seconds in zip(cases_of(TINY, name, values, ["encoder"]), fused):
-        result = invented_result(seconds)
-        reports.append(Report(describe_machine("cpu"), case, case.visible_patches, case.patches, 3, 0, [result]))
-    return Sweep(name, values, reports)
+    for case, seconds in zip(cases_of(TINY, name, values), fused):
+        counts = {"visible_patches": case.visible_patches, "patches": case.patches, "runs": 3, "warmup": 0}
+        result = {"scope": "encoder", **invented_figures(seconds), "left_out": {}}
+        reports.append({**case_on_machine(case), **counts, "scopes": [result]})
+    return sweep_of(name, reports)
+
+
+def picture_of(record: Record) -> bytes:
+    picture = io.BytesIO()
+    draw_sweep(record, picture)
+    return picture.getvalue()
 
 
 def test_sweep_of_the_mask_fits_a_line_through_the_visible_share():
     result = invented_sweep("mask_ratio", [0.75, 0.5, 0.0], [0.5, 1.0, 2.2])  # shares 0.25, 0.5, 1
-    assert result.shares() == [0.25, 0.5, 1.0]
-    assert result.medians("encoder", "dense") == [2.0, 2.0, 2.0]  # the faster format
-    text = format_sweep(result)
-    line = result.line("encoder")
-    assert line is not None
-    assert f"{line.deviation:.1%}" in text and "1.10 × dense" in text
-    assert result.as_dict()["native_lines"]["encoder"]["slope"] == line.slope
-    assert draw_sweep(result).startswith(b"\x89PNG")
+    assert result["values"] == [0.75, 0.5, 0.0] and shares_of(result["reports"]) == [0.25, 0.5, 1.0]
+    assert medians_of(result["reports"])["encoder"]["dense"] == [2.0, 2.0, 2.0]  # the faster format
+    text = format_record(result)
+    line = result["native_lines"]["encoder"]
+    assert line == fit_line([0.25, 0.5, 1.0], [0.5, 1.0, 2.2])
+    assert f"{line['deviation']:.1%}" in text and "1.10 × dense" in text
+    assert picture_of(result).startswith(b"\x89PNG")
+
+
+def test_a_backend_that_fails_at_one_value_leaves_a_gap():
+    result = invented_sweep("image_size", [64, 128], [0.5, 1.0])
+    (second,) = result["reports"][1]["scopes"]
+    second["rows"] = [row for row in second["rows"] if row["backend"] != "masked_dense"]
+    medians = medians_of(result["reports"])["encoder"]
+    assert result["values"] == [64, 128] and medians["native"] == [0.5, 1.0]
+    assert medians["masked_dense"][0] == 2.5 and math.isnan(medians["masked_dense"][1])
+    (line,) = (line for line in format_record(result).splitlines() if line.split()[:1] == ["128"])
+    assert line.split()[1:] == ["0.500", "1.0000", "n/a", "2.0000"]
+    assert picture_of(result).startswith(b"\x89PNG")
 
 
 def test_only_the_mask_is_fitted_and_only_from_three_points():
-    assert invented_sweep("batch", [1, 2, 4], [1.0, 2.0, 4.0]).line("encoder") is None
-    assert invented_sweep("mask_ratio", [0.5, 0.0], [1.0, 2.0]).line("encoder") is None
+    assert invented_sweep("batch", [1, 2, 4], [1.0, 2.0, 4.0])["native_lines"] == {"encoder": None}
+    assert invented_sweep("mask_ratio", [0.5, 0.0], [1.0, 2.0])["native_lines"] == {"encoder": None}
 
 
 def test_default_values_of_the_mask_sweep_cover_the_shares():
-    shares = [case.visible_share for case in cases_of(Case(), "mask_ratio", SWEEPS["mask_ratio"], ["encoder"])]
+    shares = [case.visible_patches / case.patches for case in cases_of(Case(), "mask_ratio", None)]
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(0.1, abs=0.01) and shares[-1] == 1
 
@@ -132,23 +166,25 @@ def test_default_values_of_the_mask_sweep_cover_the_shares():
 def test_all_backends_in_both_scopes():
     units: list[str] = []
     options = {"runs": 2, "warmup": 0, "memory": False}
-    report = measure(TINY, SCOPES, BACKENDS, advance=units.append, **options)
-    assert [result.scope for result in report.scopes] == list(SCOPES)
-    assert (report.visible_patches, report.patches) == (2, 4)
-    for result in report.scopes:
-        modes = [(row.backend, row.memory_format, row.compiled) for row in result.rows]
+    variants = variants_of(BACKENDS)
+    report = measure(TINY, list(SCOPES), variants, advance=units.append, **options)
+    assert [result["scope"] for result in report["scopes"]] == list(SCOPES)
+    assert (report["visible_patches"], report["patches"]) == (2, 4)
+    for result in report["scopes"]:
+        rows = result["rows"]
+        modes = [(row["backend"], row["memory_format"], row["compiled"]) for row in rows]
         assert modes == [NATIVE, MINKOWSKI, *MASKED, *DENSE]
-        assert all(len(row.seconds) == 2 and min(row.seconds) > 0 for row in result.rows)
-        assert sum(row.baseline for row in result.rows) == 2
-    encoder, step = report.scopes
-    assert encoder.tables is not None and encoder.tables.seconds > 0 and step.tables is None
-    assert len(units) == count_units(TINY, SCOPES, BACKENDS, **options)
-    text = format_report(report)
+        assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in rows)
+        assert sum(row["baseline"] for row in rows) == 2
+    encoder, step = report["scopes"]
+    assert encoder["tables"]["seconds"] > 0 and step["tables"] is None
+    assert len(units) == count_units(TINY, list(SCOPES), variants, **options)
+    text = format_record(report)
     for backend in BACKENDS:
         assert text.count(f"\n{backend} ") == (2 if backend in sparse.BACKENDS else 4)
     for version in ("torch", "torchvision", "MinkowskiEngine", "Python"):
-        assert f"{version} {report.machine.versions[version]}" in text
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["scopes"][0]["rows"][0]["backend"] == "native"
+        assert f"{version} {report['machine']['versions'][version]}" in text
+    assert json.loads(json.dumps(report))["scopes"][0]["rows"][0]["backend"] == "native"
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -202,7 +238,7 @@ def test_dense_step_is_the_simulation_with_everything_visible(encoder):
 @pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
 def test_tables_are_those_that_a_pass_asks_for(encoder):
     case = dataclasses.replace(TINY, encoder=encoder)
-    calls = calls_of_a_pass(case)
+    calls = Tables(case).calls
     assert len(calls) == len(set(calls)) > 0
     _, visible = case.draw()
     neighbours = sparse.Pyramid(visible, case.patch_size, "native").neighbours

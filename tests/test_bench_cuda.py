@@ -7,21 +7,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import relative_error
+from tiny_bench import COMPILED, NATIVE, TINY
+from tiny_bench import MASKED as EAGER
+from torch import nn
+from torchvision.models.resnet import BasicBlock
 
-from spark_me.bench import Case, measure, timing
-from spark_me.bench.command import bench
-from spark_me.bench.report import format_largest, format_report, markdown_of
-from spark_me.bench.results import Report, compare
-from spark_me.bench.sweep import STEP, LargestBatch, LargestBatches, find_largest_batches, search
-from spark_me.bench.workloads import MaskedDenseSparK, Variant, Workload, headless, variants_of
+from spark_me.bench import bench, timing
+from spark_me.bench.report import format_record, markdown_of
+from spark_me.bench.sweep import STEP, find_largest_batches, search
+from spark_me.bench.timing import Record, case_on_machine, compare
+from spark_me.bench.workloads import Case, MaskedDenseSparK, Variant, Workload, variants_of
 from spark_me.cli import main
 from spark_me.devices import float32_products
 from spark_me.errors import EngineError, UserError
-from spark_me.machine import describe_machine
-
-TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5, decoder_width=32)
-NATIVE, COMPILED = Variant("native", None), Variant("masked_dense", "channels_last", compiled=True)
-EAGER = [Variant("masked_dense", "contiguous"), Variant("masked_dense", "channels_last")]
+from spark_me.trace import trace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,16 +47,23 @@ def test_dense_backends_run_compiled_besides():
     assert str(COMPILED) == "masked_dense (channels_last, compiled)"
 
 
+def short_resnet() -> nn.Module:
+    """Every operation of a ResNet, at strides 2, 4 and 8: compiling takes as long as there are operations."""
+    stem = [nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    return nn.Sequential(nn.Sequential(*stem), BasicBlock(8, 8), BasicBlock(8, 16, 2, shortcut))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_simulation_compiles_whole_and_computes_the_same(training):
     """Traced for a compiler, it is one graph; the simulation's batch norm takes another way there."""
     torch.manual_seed(0)
     eager, traced = (
-        MaskedDenseSparK(headless("resnet18"), decoder_width=32).double().train(training) for _ in range(2)
+        MaskedDenseSparK(trace(short_resnet()), decoder_width=32).double().train(training) for _ in range(2)
     )
     traced.load_state_dict(eager.state_dict())
     traced.compile(backend="aot_eager", fullgraph=True, dynamic=False)
-    images = torch.randn(3, 3, 64, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, 16, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     visible = torch.tensor([[[1, 0, 1], [1, 1, 0]], [[1, 1, 1], [1, 1, 1]], [[0, 0, 0], [0, 1, 0]]]).bool()
     losses = [model(images, visible) for model in (eager, traced)]
     for loss in losses:
@@ -87,18 +93,18 @@ def test_a_variant_that_fails_leaves_the_others(monkeypatch):
     monkeypatch.setattr(timing, "Workload", Failing)
     monkeypatch.setattr(timing, "peak_on_gpu", lambda workload: 7 * 2**20)
     announced: list[str] = []
-    trials = timing.try_all(TINY, "encoder", [NATIVE, *EAGER, COMPILED], announced.append)
-    assert list(trials.workloads) == list(trials.peaks) == [NATIVE, EAGER[1]]
-    assert set(trials.peaks.values()) == {7 * 2**20}
-    assert trials.left_out == {
+    workloads, peaks, left_out = timing.try_all(TINY, "encoder", [NATIVE, *EAGER, COMPILED], announced.append)
+    assert list(workloads) == list(peaks) == [NATIVE, EAGER[1]]
+    assert set(peaks.values()) == {7 * 2**20}
+    assert left_out == {
         str(EAGER[0]): "does not fit into the GPU's memory",
         str(COMPILED): "does not compile (RuntimeError: Failed to find C compiler.)",
     }
     assert len(announced) == 4
     monkeypatch.setattr(Failing, "errors", {EAGER[0]: EngineError("the installed engine is built for the CPU")})
-    trials = timing.try_all(TINY, "encoder", [NATIVE, EAGER[0]], announced.append)
-    assert list(trials.workloads) == [NATIVE]
-    assert trials.left_out == {str(EAGER[0]): "the installed engine is built for the CPU"}
+    workloads, _, left_out = timing.try_all(TINY, "encoder", [NATIVE, EAGER[0]], announced.append)
+    assert list(workloads) == [NATIVE]
+    assert left_out == {str(EAGER[0]): "the installed engine is built for the CPU"}
     monkeypatch.setattr(Failing, "errors", {NATIVE: RuntimeError("a mistake")})
     with pytest.raises(RuntimeError, match="a mistake"):
         timing.try_all(TINY, "encoder", [NATIVE], announced.append)
@@ -117,32 +123,35 @@ def test_search_finds_the_largest_multiple(most, first):
     assert len(tried) == len(set(tried)) < 22 and all(batch % STEP == 0 for batch in tried)
 
 
-def invented_report(dtype: str = "bfloat16") -> Report:
+def invented_report(dtype: str = "bfloat16") -> Record:
     seconds = {NATIVE: [0.1, 0.11, 0.12], EAGER[0]: [0.5] * 3, EAGER[1]: [0.4] * 3, COMPILED: [0.22] * 3}
     memory = {NATIVE: 3 * 2**30, EAGER[0]: 9 * 2**30, EAGER[1]: 8 * 2**30, COMPILED: 6 * 2**30}
     case = dataclasses.replace(TINY, encoder="resnet50", batch=256, dtype=dtype, device="cuda")
     left_out = {"dense (channels_last, compiled)": "does not compile (RuntimeError: no)"}
-    result = compare("encoder", seconds, memory, batch=256, visible_share=0.4, left_out=left_out)
-    machine = dataclasses.replace(describe_machine("cpu"), gpu="A GPU", date="2026-01-02T03:04:05+00:00", tf32={})
-    return Report(machine, case, 20, 49, 3, 2, [result])
+    result = {"scope": "encoder", **compare(case, seconds, memory), "left_out": left_out}
+    record = {"case": dataclasses.asdict(case), "machine": case_on_machine(TINY)["machine"]}
+    record["machine"] |= {"gpu": "A GPU", "date": "2026-01-02T03:04:05+00:00", "tf32": {}}
+    return {**record, "visible_patches": 20, "patches": 49, "runs": 3, "warmup": 2, "scopes": [result]}
 
 
-def invented_batches() -> LargestBatches:
-    largest = [
-        LargestBatch("native", None, 1024, "memory"),
-        LargestBatch("minkowski", None, 0, "RuntimeError: no"),
-        LargestBatch("masked_dense", "channels_last", 400, "memory"),
+def invented_batches() -> Record:
+    found = [
+        ("native", None, 1024, "memory"),
+        ("minkowski", None, 0, "RuntimeError: no"),
+        ("masked_dense", "channels_last", 400, "memory"),
     ]
+    largest = [dict(zip(("backend", "memory_format", "batch", "limit"), each)) for each in found]
     report = invented_report()
-    return LargestBatches(report.machine, report.case, "encoder", 80 * 2**30, largest)
+    first = {name: report[name] for name in ("machine", "case")}
+    return {**first, "scope": "encoder", "gpu_bytes": 80 * 2**30, "largest": largest}
 
 
 def test_the_fastest_manner_is_the_yardstick():
-    (result,) = invented_report().scopes
-    assert [row.baseline for row in result.rows] == [False, False, False, True]
-    assert result.rows[0].speed_to_masked_dense == pytest.approx(2.0)
-    assert result.rows[0].activation_ratio == pytest.approx(0.5)
-    text = format_report(invented_report())
+    (result,) = invented_report()["scopes"]
+    assert [row["baseline"] for row in result["rows"]] == [False, False, False, True]
+    assert result["rows"][0]["speed_to_masked_dense"] == pytest.approx(2.0)
+    assert result["rows"][0]["activation_ratio"] == pytest.approx(0.5)
+    text = format_record(invented_report())
     assert "channels_last, compiled *" in text
     assert "dense (channels_last, compiled): does not compile (RuntimeError: no)" in text
 
@@ -151,7 +160,7 @@ def test_files_become_tables(tmp_path, capsys):
     contents = {"a": invented_report(), "b": invented_report("tf32"), "c": invented_batches()}
     files = [tmp_path / f"{name}.json" for name in contents]
     for file, content in zip(files, contents.values()):
-        file.write_text(json.dumps(dataclasses.asdict(content)))
+        file.write_text(json.dumps(content))
     assert main(["bench", "--table", *map(str, files)]) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
@@ -163,7 +172,7 @@ def test_files_become_tables(tmp_path, capsys):
     assert "| resnet50 | encoder | bfloat16 | `native` | - | 1024 | 2.56× | memory, 80 GiB |" in lines
     assert "| resnet50 | encoder | bfloat16 | `minkowski` | - | 0 | 0.00× | RuntimeError: no |" in lines
     assert text.count("does not compile") == 2
-    assert "80.0 GiB" in format_largest(invented_batches())
+    assert "80.0 GiB" in format_record(invented_batches())
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"reports": []}'])
@@ -201,11 +210,12 @@ def little_memory() -> Iterator[None]:
 def test_a_batch_that_does_not_fit_says_so(little_memory):
     case = dataclasses.replace(TINY, device="cuda", batch=512, image_size=(448, 448))
     with pytest.raises(UserError, match="does not fit into the GPU's memory"):
-        measure(case, ["encoder"], ["native"], runs=1, warmup=0)
+        bench(case, "encoder", backends=["native"], runs=1, warmup=0, memory=True)
 
 
 @pytest.mark.gpu
 def test_largest_batch_on_a_gpu(little_memory):
     case = dataclasses.replace(TINY, device="cuda", image_size=(224, 224))
-    found = find_largest_batches(case, "encoder", ["native", "masked_dense"])
-    assert all(each.batch >= STEP and each.limit == "memory" for each in found.largest)
+    found = find_largest_batches(case, "encoder", [NATIVE, *EAGER, COMPILED], print)
+    assert [each["backend"] for each in found["largest"]] == ["native", "masked_dense"]
+    assert all(each["batch"] >= STEP and each["limit"] == "memory" for each in found["largest"])

@@ -7,14 +7,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
+from tiny_bench import NATIVE, TINY
 
-from spark_me.bench import Case
 from spark_me.bench.timing import activation_bytes, peak_in_memory
-from spark_me.bench.workloads import Variant, Workload
+from spark_me.bench.workloads import Workload
 from spark_me.errors import UserError
-
-TINY = Case("resnet18", batch=2, image_size=(64, 64), mask_ratio=0.5)
-NATIVE = Variant("native", None)
 
 
 class Greedy:

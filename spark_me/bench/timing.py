@@ -1,96 +1,66 @@
-"""One case: memory of each backend, then time of all of them interleaved."""
+"""One case: memory of each backend, then time of all of them interleaved, and how they compare."""
 
 import ctypes
+import dataclasses
 import gc
 import multiprocessing
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
+from torch.utils.benchmark import timer
 
 from spark_me import sparse
-from spark_me.bench.case import SCOPES, Case
-from spark_me.bench.results import Report, ScopeResult, compare
-from spark_me.bench.workloads import BACKENDS, Variant, Workload, variants_of
+from spark_me.bench.workloads import Case, Variant, Workload, sum_of_means
 from spark_me.encoder import sparsify
 from spark_me.errors import EngineError, UserError, first_line
 from spark_me.machine import describe_machine
 from spark_me.networks import dense_network
 
-Key = TypeVar("Key")
-Clock = Callable[[], float]
+Record = dict[str, Any]
+"""Figures, as `--json` writes them."""
 Advance = Callable[[str], None]
 """Told what comes next, for a progress bar."""
 
 
 class Timed(Protocol):
-    """What can be timed."""
+    """What can be timed: `run` is; `clear`, after it, is not."""
 
-    def run(self) -> None:
-        """The work; finished when it returns."""
+    def run(self) -> None: ...
 
-    def clear(self) -> None:
-        """What is done between two runs and not timed."""
+    def clear(self) -> None: ...
 
 
 def time_interleaved(
-    workloads: Mapping[Key, Timed],
+    workloads: Mapping[Any, Timed],
     *,
     runs: int,
     warmup: int,
-    advance: Advance = lambda label: None,
-    clock: Clock = time.perf_counter,
-) -> dict[Key, list[float]]:
-    """Run every workload once a round.
-
-    Args:
-        workloads: what to run, in this order in every round.
-        runs: rounds that count.
-        warmup: rounds before them that do not.
-        advance: told the name of each workload before it runs.
-        clock: seconds.
-
-    Returns:
-        `runs` times in seconds for each workload.
-    """
-    seconds: dict[Key, list[float]] = {key: [] for key in workloads}
+    advance: Advance,
+    clock: Callable[[], float] = timer,  # torch's: it waits for the GPU
+) -> dict[Any, list[float]]:
+    """Run every workload once a round; the seconds of all rounds but the first `warmup`."""
+    seconds: dict[Any, list[float]] = {key: [] for key in workloads}
     for turn in range(warmup + runs):
         for key, workload in workloads.items():
             advance(f"{'warm-up' if turn < warmup else 'timing'} {key}")
-            workload.clear()
             gc.collect()  # or the collector would run in the middle of someone's pass
             start = clock()
             workload.run()
-            elapsed = clock() - start
-            if turn >= warmup:
-                seconds[key].append(elapsed)
-        workload.clear()
-    return seconds
+            seconds[key].append(clock() - start)
+            workload.clear()
+    return {key: times[warmup:] for key, times in seconds.items()}
 
 
-def time_median(work: Callable[[], None], *, runs: int, warmup: int, clock: Clock = time.perf_counter) -> float:
-    """Median seconds of one piece of work."""
-    seconds = []
-    for turn in range(warmup + runs):
-        start = clock()
-        work()
-        elapsed = clock() - start
-        if turn >= warmup:
-            seconds.append(elapsed)
-    return statistics.median(seconds)
-
-
-_STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def activation_bytes(case: Case, scope: str, variant: Variant) -> int | None:
-    """Peak bytes of one forward and backward pass on the CPU; None where the platform does not tell.
+    """Peak bytes of one pass on the CPU; None where the platform does not tell.
 
     The process is a new one: in an old one the allocator would answer from memory that it kept.
 
@@ -110,13 +80,30 @@ def activation_bytes(case: Case, scope: str, variant: Variant) -> int | None:
 
 def _measure_here(case: Case, scope: str, variant: Variant) -> int | None:
     workload = Workload(case, scope, variant)
-    gradients = [torch.zeros_like(parameter) for parameter in workload.model.parameters()]
-    for parameter, gradient in zip(workload.model.parameters(), gradients):
-        parameter.grad = gradient
-    workload.run(workload.inputs(case.smallest()))  # libraries take their buffers
-    for gradient in gradients:
-        gradient.zero_()
+    side = 2 * case.patch_size
+    # Libraries take their buffers, and gradients come to be.
+    workload.run(workload.inputs(dataclasses.replace(case, batch=2, image_size=(side, side), mask_ratio=0.5)))
+    workload.model.zero_grad(set_to_none=False)
     return peak_in_memory(workload)
+
+
+def peak_in_memory(workload: Timed) -> int | None:
+    """By Linux's own count of resident memory, whose high-water mark can be reset."""
+    # What the C library keeps of earlier work would serve the pass without showing in its peak; others keep little.
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    workload.run()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def peak_on_gpu(workload: Timed) -> int:
@@ -127,65 +114,40 @@ def peak_on_gpu(workload: Timed) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_in_memory(workload: Timed) -> int | None:
-    """By Linux's own count of resident memory, whose high-water mark can be reset."""
-    _return_free_memory()
-    try:
-        CLEAR_REFS.write_text("5")
-        before = _resident("VmRSS")
-    except OSError:
-        return None
-    workload.run()
-    return _resident("VmHWM") - before
-
-
-def _return_free_memory() -> None:
-    """What the C library keeps of earlier work would serve the pass without showing in its peak."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc; others keep little
-    if trim is not None:
-        trim(0)
-
-
-def _resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status, which counts in KiB."""
-    for line in _STATUS.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise OSError(f"{_STATUS} has no {field}")
-
-
-class Trials(NamedTuple):
-    """What can be timed, and what cannot."""
-
-    workloads: dict[Variant, Workload]
-    peaks: dict[Variant, int | None]
-    """Bytes of activations; torch counts what is allocated, so no process of its own is needed."""
-    left_out: dict[str, str]
-    """A variant's name and, in a line, why it does not run."""
+Trials = tuple[dict[Variant, Workload], dict[Variant, int | None], dict[str, str]]
+"""What can be timed, its peak bytes of activations, and in a line why another one is left out, by its name."""
 
 
 def try_all(case: Case, scope: str, variants: Sequence[Variant], advance: Advance) -> Trials:
-    """Run every variant; one that does not fit or does not compile is left out, the others go on."""
-    trials = Trials({}, {}, {})
+    """Run every variant on the GPU. One that does not fit or does not compile is left out, the others go on."""
+    trials: Trials = {}, {}, {}
+    workloads, peaks, left_out = trials
     for variant in variants:
         advance(f"first passes {variant}")
         try:
-            workload = Workload(case, scope, variant)
-            for _ in range(2):
-                workload.run()
-            trials.peaks[variant] = peak_on_gpu(workload)
-            workload.clear()
-            trials.workloads[variant] = workload
-        except EngineError as error:  # it is built for the CPU: our own backend does without it
-            trials.left_out[str(variant)] = str(error)
+            workloads[variant], peaks[variant] = _first_passes(case, scope, variant)
         except Exception as error:  # a compiler raises whatever it trips over
-            if not (is_out_of_memory(error) or variant.compiled):
+            if isinstance(error, EngineError):  # it is built for the CPU: our own backend does without it
+                reason = str(error)
+            elif is_out_of_memory(error):
+                reason = "does not fit into the GPU's memory"
+            elif variant.compiled:
+                reason = f"does not compile ({kind_and_line(error)})"
+            else:
                 raise
-            trials.left_out[str(variant)] = _reason(error)
+            left_out[str(variant)] = reason
         # Only now has the error let go of the tensors of its pass.
         release_memory()
     return trials
+
+
+def _first_passes(case: Case, scope: str, variant: Variant) -> tuple[Workload, int]:
+    workload = Workload(case, scope, variant)
+    for _ in range(2):
+        workload.run()
+    peak = peak_on_gpu(workload)
+    workload.clear()
+    return workload, peak
 
 
 def release_memory() -> None:
@@ -202,48 +164,37 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def kind_and_line(error: Exception) -> str:
     """An error's kind and the first line of its text."""
-    kind, line = type(error).__name__, first_line(error)
-    return line if line == kind else f"{kind}: {line}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _reason(error: Exception) -> str:
-    if is_out_of_memory(error):
-        return "does not fit into the GPU's memory"
-    return f"does not compile ({kind_and_line(error)})"
+class Tables:
+    """The `native` backend's pyramid and neighbour tables of one batch, built as every pass builds them.
 
+    Attributes:
+        calls: methods of `Neighbours` with the arguments that the encoder's pass asks them, each once.
+    """
 
-Call = tuple[str, tuple[Any, ...]]
-"""A method of `Neighbours` and its arguments."""
+    def __init__(self, case: Case) -> None:
+        images, visible = case.draw()
+        self.new_pyramid = lambda: sparse.Pyramid(visible, case.patch_size, "native", case.device)
+        pyramid, encoder = self.new_pyramid(), sparsify(dense_network(case.encoder)).to(case.device)
+        recorder: Any = _Recorder(pyramid.neighbours)
+        pyramid.neighbours = recorder
+        with case.computing():
+            with case.autocast():
+                loss = sum_of_means([x.F for x in encoder(sparse.to_sparse(images, pyramid))])
+            loss.backward()
+        self.calls = list(recorder.calls)
 
-
-def time_tables(case: Case, *, runs: int, warmup: int) -> float:
-    """Median seconds to build the `native` backend's pyramid and neighbour tables for one batch."""
-    _, visible = case.draw()
-    calls = calls_of_a_pass(case)
-
-    def build() -> None:
-        pyramid = sparse.Pyramid(visible, case.patch_size, "native", case.device)
+    def run(self) -> None:
+        """Build them."""
+        pyramid = self.new_pyramid()
         pyramid.raster_index(1)  # gathers the visible pixels
-        for method, arguments in calls:
+        for method, arguments in self.calls:
             getattr(pyramid.neighbours, method)(*arguments)
-        if case.device == "cuda":
-            torch.cuda.synchronize()
 
-    return time_median(build, runs=runs, warmup=warmup)
-
-
-def calls_of_a_pass(case: Case) -> list[Call]:
-    """What the encoder's forward and backward pass asks the tables for, each question once."""
-    images, visible = case.draw()
-    pyramid = sparse.Pyramid(visible, case.patch_size, "native", case.device)
-    recorder: Any = _Recorder(pyramid.neighbours)
-    pyramid.neighbours = recorder
-    encoder = sparsify(dense_network(case.encoder)).to(case.device)
-    with case.computing():
-        with case.autocast():
-            features = encoder(sparse.to_sparse(images, pyramid))
-        torch.stack([x.F.mean(dtype=torch.float32) for x in features]).sum().backward()
-    return list(recorder.calls)
+    def clear(self) -> None:
+        """Nothing stays of a run."""
 
 
 class _Recorder:
@@ -251,114 +202,150 @@ class _Recorder:
 
     def __init__(self, neighbours: Any) -> None:
         self._neighbours = neighbours
-        self.calls: dict[Call, None] = {}
+        self.calls: dict[tuple[str, tuple[Any, ...]], None] = {}
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._neighbours, name)
-        return self._recording(name, attribute) if callable(attribute) else attribute
 
-    def _recording(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.calls[name, arguments] = None
-            return method(*arguments)
+            return attribute(*arguments)
 
-        return call
+        return call if callable(attribute) else attribute
 
 
 def measure(
     case: Case,
-    scopes: Sequence[str] = SCOPES,
-    backends: Sequence[str] = BACKENDS,
+    scopes: Sequence[str],
+    variants: Sequence[Variant],
     *,
-    runs: int = 5,
-    warmup: int = 2,
-    memory: bool = True,
-    compiled: bool = True,
-    advance: Advance = lambda label: None,
-) -> Report:
-    """Measure forward and backward passes of several backends.
+    runs: int,
+    warmup: int,
+    memory: bool,
+    advance: Advance,
+) -> Record:
+    """Measure passes of several backends.
 
     A pass goes from images (and, for sparse backends, the mask: pyramid and tables are built in every pass) to the
     gradients of all parameters. On the CPU memory is measured in spawned processes, so a script that calls this needs
     the usual `if __name__ == "__main__":`.
 
     Args:
-        case: what is computed.
-        scopes: "encoder", "step" or both.
-        backends: of `BACKENDS`; a dense one runs in both memory formats, on a GPU also compiled.
-        runs: passes that count, of each backend.
-        warmup: passes before them.
-        memory: measure the peak memory of activations too.
-        compiled: on a GPU, run the dense backends compiled too; on a CPU that is slower, and they never are.
-        advance: told what comes next, `count_units` times in all.
+        case, scopes, variants: what is measured; checked.
+        runs, warmup: passes of each variant that count, and passes before them that do not.
+        memory: whether to measure the peak memory of activations, too.
+        advance: called `count_units` times.
 
     Raises:
-        UserError: for a case that does not fit, and when memory does not suffice.
+        UserError: when memory does not suffice.
     """
     if runs < 1 or warmup < 0:
         raise UserError(f"--runs {runs} --warmup {warmup}: at least one run and no negative warm-up")
-    variants = _variants(case, backends, compiled)
-    case.check(scopes)
+    results = []
     try:
-        results = [_measure_scope(case, scope, variants, runs, warmup, memory, advance) for scope in scopes]
+        for scope in scopes:
+            # First what does not fit should show: before hours of timing, not after.
+            workloads, peaks, left_out = _ready(case, scope, variants, memory, advance)
+            timed: dict[Any, Timed] = {**workloads} | (
+                {"tables": Tables(case)} if _with_tables(scope, workloads) else {}
+            )
+            seconds = time_interleaved(timed, runs=runs, warmup=warmup, advance=advance)
+            tables = seconds.pop("tables", None)
+            figures = compare(case, seconds, peaks if memory else {}, tables)
+            results.append({"scope": scope, **figures, "left_out": left_out})
     except RuntimeError as error:
         if is_out_of_memory(error) or "can't allocate memory" in str(error):
             raise UserError(f"the memory of {case.device} does not suffice: lower --batch {case.batch}") from None
         raise
-    with case.computing():
-        machine = describe_machine(case.device)
-    return Report(machine, case, case.visible_patches, case.patches, runs, warmup, results)
+    counts = {"visible_patches": case.visible_patches, "patches": case.patches, "runs": runs, "warmup": warmup}
+    return {**case_on_machine(case), **counts, "scopes": results}
+
+
+def _ready(case: Case, scope: str, variants: Sequence[Variant], memory: bool, advance: Advance) -> Trials:
+    if case.device == "cuda":
+        trials = try_all(case, scope, variants, advance)
+        if not trials[0]:
+            raise UserError(f"no backend runs {case.encoder} at --batch {case.batch}: {'; '.join(trials[2].values())}")
+        return trials
+    peaks = {}
+    for variant in variants if memory else []:
+        advance(f"memory {variant}")
+        peaks[variant] = activation_bytes(case, scope, variant)
+    return {variant: Workload(case, scope, variant) for variant in variants}, peaks, {}
 
 
 def count_units(
-    case: Case,
-    scopes: Sequence[str],
-    backends: Sequence[str],
-    runs: int,
-    warmup: int,
-    memory: bool,
-    compiled: bool = True,
+    case: Case, scopes: Sequence[str], variants: Sequence[Variant], runs: int, warmup: int, memory: bool
 ) -> int:
     """How often `measure` calls `advance`, if everything runs."""
     first = memory or case.device == "cuda"
-    passes = len(scopes) * len(_variants(case, backends, compiled)) * (warmup + runs + first)
-    return passes + _with_tables(scopes, backends)
+    tables = sum(_with_tables(scope, variants) for scope in scopes)
+    return len(scopes) * len(variants) * (first + warmup + runs) + tables * (warmup + runs)
 
 
-def _variants(case: Case, backends: Sequence[str], compiled: bool) -> list[Variant]:
-    return variants_of(backends, compiled=compiled and case.device == "cuda")
+def _with_tables(scope: str, variants: Iterable[Variant]) -> bool:
+    return scope == "encoder" and Variant("native") in variants
 
 
-def _measure_scope(
-    case: Case, scope: str, variants: list[Variant], runs: int, warmup: int, memory: bool, advance: Advance
-) -> ScopeResult:
-    # First what does not fit should show: before hours of timing, not after.
-    left_out: dict[str, str] = {}
-    if case.device == "cuda":
-        workloads, peaks, left_out = try_all(case, scope, variants, advance)
-        if not workloads:
-            raise UserError(f"no backend runs {case.encoder} at --batch {case.batch}: {'; '.join(left_out.values())}")
-    else:
-        peaks = {}
-        for variant in variants if memory else []:
-            advance(f"memory {variant}")
-            peaks[variant] = activation_bytes(case, scope, variant)
-        workloads = {variant: Workload(case, scope, variant) for variant in variants}
-    seconds = time_interleaved(workloads, runs=runs, warmup=warmup, advance=advance)
-    table_seconds = None
-    if _with_tables([scope], [variant.backend for variant in workloads]):
-        advance("tables")
-        table_seconds = time_tables(case, runs=runs, warmup=warmup)
-    return compare(
-        scope,
-        seconds,
-        peaks if memory else {},
-        batch=case.batch,
-        visible_share=case.visible_share,
-        table_seconds=table_seconds,
-        left_out=left_out,
+def case_on_machine(case: Case) -> Record:
+    """What every record begins with: a figure says nothing without it."""
+    with case.computing():
+        machine = describe_machine(case.device)
+    return {"machine": dataclasses.asdict(machine), "case": dataclasses.asdict(case)}
+
+
+def compare(
+    case: Case,
+    seconds: Mapping[Variant, list[float]],
+    peaks: Mapping[Variant, int | None],
+    tables: Sequence[float] | None = None,
+) -> Record:
+    """Medians and ratios from the seconds of all runs, of the tables too, and peak bytes of activations.
+
+    A figure is None that needs a backend which did not run, or memory that was not measured.
+    """
+    medians: dict[Variant | None, float] = {variant: statistics.median(times) for variant, times in seconds.items()}
+    # The baseline, which the others are compared with, is the fastest mode of a dense backend.
+    masked, dense = (
+        min((variant for variant in seconds if variant.backend == backend), key=medians.__getitem__, default=None)
+        for backend in ("masked_dense", "dense")
     )
+    # All of the sparsity paid out.
+    floor = None if dense is None else medians[dense] * case.visible_patches / case.patches
+    masked_peak = None if masked is None else peaks.get(masked)
+    rows = [
+        {
+            **variant._asdict(),
+            "baseline": variant in (masked, dense),
+            "seconds": times,
+            "median": medians[variant],
+            "fastest": min(times),
+            "slowest": max(times),
+            "images_per_second": case.batch / medians[variant],
+            "speed_to_masked_dense": _ratio(medians.get(masked), medians[variant]),
+            "speed_to_dense": _ratio(medians.get(dense), medians[variant]),
+            "ratio_to_floor": _ratio(medians[variant], floor),
+            "activation_bytes": peaks.get(variant),
+            "activation_ratio": _ratio(peaks.get(variant), masked_peak),
+        }
+        for variant, times in seconds.items()
+    ]
+    of_tables = None
+    if tables:
+        median = statistics.median(tables)
+        of_tables = {"seconds": median, "share": median / medians[Variant("native")]}
+    return {"rows": rows, "floor_seconds": floor, "tables": of_tables}
 
 
-def _with_tables(scopes: Sequence[str], backends: Sequence[str]) -> bool:
-    return "encoder" in scopes and "native" in backends
+def _ratio(value: float | None, reference: float | None) -> float | None:
+    return value / reference if value is not None and reference else None
+
+
+def fastest_rows(result: Record) -> dict[str, Record]:
+    """The row of each backend of a scope, in its fastest mode."""
+    fastest: dict[str, Record] = {}
+    for row in result["rows"]:
+        best = fastest.setdefault(row["backend"], row)
+        if row["median"] < best["median"]:
+            fastest[row["backend"]] = row
+    return fastest

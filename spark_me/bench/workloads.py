@@ -1,24 +1,260 @@
-"""What is measured of a backend: its model, and a pass from images and mask to the gradients of all parameters."""
+"""What is measured: a case (encoder, batch, mask, device, precision), and what each backend computes of it."""
 
 import difflib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
+from torchvision.models.convnext import LayerNorm2d
 
 import spark_me
-from spark_me import sparse
-from spark_me.bench.case import Case
+from spark_me import masking, sparse
 from spark_me.decoder import Decoder
 from spark_me.dense import strip
+from spark_me.devices import float32_products
 from spark_me.encoder import sparsify
 from spark_me.errors import UserError
 from spark_me.masked_dense import MaskedDense
-from spark_me.masking import upsample_visible
-from spark_me.networks import dense_network
+from spark_me.networks import dense_network, patch_size_of
 from spark_me.trace import Trace, graph_of_maps, normalises_by_layer, trace
+
+DTYPES = ("float32", "tf32", "bfloat16", "float16")
+"""Precision of the computation, with parameters in float32: tf32 on GPUs alone, the last two by autocast."""
+BACKENDS = (*sparse.BACKENDS, "masked_dense", "dense")
+"""The sparse ones, their dense simulation, and the dense network without any mask."""
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+IN_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement's inputs. Stochastic depth is off, so that every backend does the same work."""
+
+    encoder: str = "resnet50"
+    batch: int = 8
+    image_size: tuple[int, int] = (224, 224)
+    """(H, W) in pixels."""
+    mask_ratio: float = 0.6
+    """Share of hidden patches; 0, everything visible, is for the encoder alone."""
+    decoder_width: int = 512
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @property
+    def patch_size(self) -> int:
+        """P, the encoder's total stride."""
+        return patch_size_of(self.encoder)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(fh, fw)."""
+        return masking.grid_of(self.image_size, self.patch_size)
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def visible_patches(self) -> int:
+        """Those of them that stay visible."""
+        return masking.count_visible(self.grid, self.mask_ratio) if self.mask_ratio else self.patches
+
+    def check(self, scopes: Sequence[str]) -> None:
+        """Refuse now what would fail later.
+
+        Raises:
+            UserError: for anything that does not fit, with the way out.
+        """
+        if self.batch < 1:
+            raise UserError(f"--batch {self.batch}: give at least one image")
+        if not 0 <= self.mask_ratio < 1:
+            raise UserError(f"--mask-ratio {self.mask_ratio:g} is no share of patches: choose one from 0 to below 1")
+        if self.batch * self.visible_patches < 2:
+            raise UserError("batch norm needs two values, not one visible patch: raise --batch or --image-size")
+        if "step" in scopes:
+            if self.mask_ratio == 0:
+                raise UserError("mask ratio 0 hides no patch to reconstruct: use --scope encoder, or a larger ratio")
+            with torch.device("meta"):  # refuses a width that does not fit
+                Decoder(self.decoder_width, self.patch_size, IN_CHANNELS)
+        on_gpu = self.device == "cuda"
+        if self.device not in ("cpu", "cuda"):
+            raise UserError(f"unknown device {self.device!r}: choose auto, cpu or cuda")
+        if on_gpu and not torch.cuda.is_available():
+            raise UserError("torch sees no CUDA device here: use --device cpu")
+        if self.dtype not in DTYPES:
+            raise UserError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.dtype == "tf32" and not on_gpu:
+            raise UserError("--dtype tf32 is a way of GPUs to compute: use --dtype float32 on a CPU")
+        if self.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
+            name = torch.cuda.get_device_name()
+            raise UserError(f"{name} does not compute in bfloat16: use --dtype float16 or float32")
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Within, products take this precision, and cuDNN searches for its best kernels, as shapes do not change."""
+        cudnn = torch.backends.cudnn
+        before, cudnn.benchmark = cudnn.benchmark, True
+        try:
+            with float32_products(tf32=self.dtype == "tf32"):
+                yield
+        finally:
+            cudnn.benchmark = before
+
+    def autocast(self) -> torch.autocast:
+        """What the forward pass runs under."""
+        short = self.dtype in ("bfloat16", "float16")
+        return torch.autocast(self.device, getattr(torch, self.dtype) if short else None, enabled=short)
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        """Noise as images [B, 3, H, W] on the device, visible bool [B, fh, fw] on the CPU, the same at every call."""
+        on_device = torch.Generator(self.device).manual_seed(0)
+        images = torch.randn(self.batch, IN_CHANNELS, *self.image_size, generator=on_device, device=self.device)
+        if self.mask_ratio == 0:
+            return images, torch.ones(self.batch, *self.grid, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(0)
+        return images, masking.draw_visible(self.batch, self.grid, self.mask_ratio, generator=generator)
+
+
+class Variant(NamedTuple):
+    """A backend, and how a dense one runs."""
+
+    backend: str
+    memory_format: str | None = None
+    """A key of `MEMORY_FORMATS`; None for the sparse backends, whose rows know no other order."""
+    compiled: bool = False
+    """By `torch.compile`."""
+
+    @property
+    def mode(self) -> str:
+        """How it runs; a dash for the sparse backends, which know one way only."""
+        return "-" if self.memory_format is None else self.memory_format + ", compiled" * self.compiled
+
+    def __str__(self) -> str:
+        return self.backend if self.memory_format is None else f"{self.backend} ({self.mode})"
+
+
+def variants_of(backends: Sequence[str], *, compiled: bool = False) -> list[Variant]:
+    """What has to run: dense backends in every mode that may be the fastest, also compiled if that is wanted.
+
+    Raises:
+        UserError: for an unknown backend.
+    """
+    variants = []
+    for backend in dict.fromkeys(backends):
+        if backend not in BACKENDS:
+            close = difflib.get_close_matches(backend, BACKENDS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose among {', '.join(BACKENDS)}"
+            raise UserError(f"unknown backend {backend!r}: {hint}")
+        if backend in sparse.BACKENDS:
+            variants.append(Variant(backend))
+        else:
+            variants += [Variant(backend, memory_format) for memory_format in MEMORY_FORMATS]
+            variants += [Variant(backend, "channels_last", compiled=True)] * compiled
+    return variants
+
+
+Work = Callable[[Tensor, Tensor], None]
+"""What is timed: (images, visible) → nothing."""
+
+
+def encoder_pass(case: Case, backend: str) -> tuple[nn.Module, Work]:
+    """The encoder alone, forward and backward; the loss is the sum of the means of its feature maps."""
+    if backend == "dense":
+        model = dense_encoder(case.encoder)
+        return model, _forward_backward(case, lambda images, visible: sum_of_means(model(images)))
+    if backend == "masked_dense":
+        traced = headless(case.encoder)
+        model = MaskedDense(traced.network, traced.taps)
+        return model, _forward_backward(case, lambda images, visible: sum_of_means(model(images, visible)))
+    model = sparsify(dense_network(case.encoder))
+
+    def loss(images: Tensor, visible: Tensor) -> Tensor:
+        # a new mask in every step of training: its pyramid and tables belong to the pass
+        pyramid = sparse.Pyramid(visible, case.patch_size, backend, images.device)
+        return sum_of_means([x.F for x in model(sparse.to_sparse(images, pyramid))])
+
+    return model, _forward_backward(case, loss)
+
+
+def step_pass(case: Case, backend: str) -> tuple[nn.Module, Work]:
+    """The pretraining step with densify, decoder and loss, forward and backward."""
+    model: nn.Module
+    if backend == "dense":
+        model = DenseSparK(case.encoder, case.decoder_width)
+    elif backend == "masked_dense":
+        model = MaskedDenseSparK(headless(case.encoder), decoder_width=case.decoder_width)
+    else:
+        model = spark_me.build_model(
+            case.encoder,
+            image_size=case.image_size,
+            mask_ratio=case.mask_ratio,
+            decoder_width=case.decoder_width,
+            drop_path=0.0,
+            backend=backend,
+        )
+    return model, _forward_backward(case, model)
+
+
+SCOPES: dict[str, Callable[[Case, str], tuple[nn.Module, Work]]] = {"encoder": encoder_pass, "step": step_pass}
+"""How much of training is measured: from a case and a backend, a model and what is timed of it."""
+
+
+def _forward_backward(case: Case, loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
+    def work(images: Tensor, visible: Tensor) -> None:
+        with case.autocast():
+            value = loss(images, visible)
+        value.backward()
+
+    return work
+
+
+def sum_of_means(features: Sequence[Tensor]) -> Tensor:
+    """A loss that every feature is part of."""
+    return torch.stack([x.mean(dtype=torch.float32) for x in features]).sum()
+
+
+class Workload:
+    """A scope's work on a model with random weights.
+
+    Attributes:
+        model: what is trained.
+    """
+
+    def __init__(self, case: Case, scope: str, variant: Variant) -> None:
+        self._case = case
+        # the sparse backends build their pyramid from a mask on the CPU, as training does
+        self._mask_device = "cpu" if variant.backend in sparse.BACKENDS else case.device
+        self._memory_format = MEMORY_FORMATS[variant.memory_format or "contiguous"]
+        self.model, self._work = SCOPES[scope](case, variant.backend)
+        for name, parameter in self.model.named_parameters():
+            # Encoders may start a block's last norm at zero; products with zeros could cost less than training's do.
+            if parameter.dim() == 1 and name.endswith("weight"):
+                nn.init.ones_(parameter)
+        self.model.to(case.device).to(memory_format=self._memory_format)  # type: ignore[call-overload]
+        if variant.compiled:
+            self.model.compile(dynamic=False)
+        self._inputs = self.inputs(case)
+
+    def inputs(self, case: Case) -> tuple[Tensor, Tensor]:
+        """The case's images, in this backend's memory format, and mask."""
+        images, visible = case.draw()
+        return images.contiguous(memory_format=self._memory_format), visible.to(self._mask_device)
+
+    def run(self, inputs: tuple[Tensor, Tensor] | None = None) -> None:
+        """Do the work once, on this workload's own inputs when None. A GPU may still be at it when this returns."""
+        with self._case.computing():
+            self._work(*(inputs or self._inputs))
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.model.zero_grad(set_to_none=True)
 
 
 def headless(name: str) -> Trace:
@@ -34,29 +270,18 @@ def dense_encoder(name: str) -> nn.Module:
     return fx.GraphModule(traced.network, graph_of_maps(traced))
 
 
-def masked_encoder(name: str) -> MaskedDense:
-    """The dense simulation of masking: (images, visible) → its maps, zero where hidden."""
-    traced = headless(name)
-    return MaskedDense(traced.network, traced.taps)
-
-
 class MaskedDenseSparK(nn.Module):
     """The whole method on the simulation; parameters are named as in `spark_me.spark.SparK`, the encoder's below
     `encoder.network`.
     """
 
-    def __init__(self, traced: Trace, in_channels: int = 3, decoder_width: int = 512) -> None:
-        """
-        Args:
-            traced: the dense network; it is the simulation's own.
-            in_channels: C of the images.
-            decoder_width: channels of the decoder at its deepest scale.
-        """
+    def __init__(self, traced: Trace, in_channels: int = IN_CHANNELS, decoder_width: int = 512) -> None:
+        """`traced` becomes the simulation's own; the width is that of the decoder at its deepest scale."""
         super().__init__()
         self.patch_size = traced.strides[-1]
         self.encoder: nn.Module = MaskedDense(traced.network, traced.taps)
         self.decoder = Decoder(decoder_width, self.patch_size, in_channels)
-        norm = _LayerNorm if normalises_by_layer(traced.network) else nn.BatchNorm2d
+        norm = partial(LayerNorm2d, eps=1e-6) if normalises_by_layer(traced.network) else nn.BatchNorm2d
         self.densify = nn.ModuleList(
             MaskedDensify(width_in, width_out, 3 if level else 1, norm)
             for level, (width_in, width_out) in enumerate(zip(traced.channels[::-1], self.decoder.widths))
@@ -64,11 +289,11 @@ class MaskedDenseSparK(nn.Module):
 
     def forward(self, images: Tensor, visible: Tensor) -> Tensor:
         """The pretraining loss of images [B, C, H, W] with visible bool [B, fh, fw]."""
-        prediction = self.predict(images, visible)
         size = self.patch_size
         # unfold orders a patch as [C, P, P]; the mean over a patch does not depend on the order
-        targets = functional.unfold(images, size, stride=size)
-        predictions = functional.unfold(prediction, size, stride=size)
+        targets, predictions = (
+            functional.unfold(x, size, stride=size) for x in (images, self.predict(images, visible))
+        )
         mean = targets.mean(dim=1, keepdim=True)
         variance = (targets - mean).square().sum(dim=1, keepdim=True) / (targets.shape[1] - 1)
         errors = (predictions - (targets - mean) / torch.sqrt(variance + 1e-6)).square().mean(dim=1)
@@ -105,30 +330,19 @@ class MaskedDensify(nn.Module):
         # not a child: the norm's parameters have one name
         self.__dict__["_masked_norm"] = MaskedDense(self.norm, [("", 1)])
         self.mask_token = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        identity = kernel_size == 1 and channels == width
         self.projection = (
-            nn.Identity()
-            if kernel_size == 1 and channels == width
-            else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
+            nn.Identity() if identity else nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2)
         )
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """[B, C, h, w] → [B, width, h, w]."""
-        mask = upsample_visible(visible, x.shape[2] // visible.shape[1])[:, None]
+        mask = masking.upsample_visible(visible, x.shape[2] // visible.shape[1])[:, None]
         if isinstance(self.norm, nn.BatchNorm2d):
             normalised = self.__dict__["_masked_norm"](x, visible)[0]
         else:  # it treats each site by itself: what hidden ones get is replaced by the token
             normalised = self.norm(x)
         return self.projection(torch.where(mask, normalised, self.mask_token.to(normalised.dtype)))
-
-
-class _LayerNorm(nn.LayerNorm):
-    """Of maps [B, C, h, w], over the channels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def plain_decode(decoder: Decoder, maps: Sequence[Tensor]) -> Tensor:
@@ -141,138 +355,3 @@ def plain_decode(decoder: Decoder, maps: Sequence[Tensor]) -> Tensor:
         x = functional.relu6(block.norm1(block.conv1(block.upsample(x))), inplace=True)
         x = block.norm2(block.conv2(x))
     return decoder.projection(x)
-
-
-BACKENDS = (*sparse.BACKENDS, "masked_dense", "dense")
-"""The sparse ones, their dense simulation, and the dense network without any mask."""
-MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(images, visible) → scalar."""
-
-
-class Variant(NamedTuple):
-    """A backend, and how a dense one runs."""
-
-    backend: str
-    memory_format: str | None
-    """A key of `MEMORY_FORMATS`; None for the sparse backends, whose rows know no other order."""
-    compiled: bool = False
-    """By `torch.compile`."""
-
-    def __str__(self) -> str:
-        mode = ", ".join([self.memory_format or "", *["compiled"] * self.compiled])
-        return f"{self.backend} ({mode})" if mode else self.backend
-
-
-def variants_of(backends: Sequence[str], *, compiled: bool = False) -> list[Variant]:
-    """What has to run: the dense backends in every mode that may be the fastest one.
-
-    Args:
-        backends: of `BACKENDS`.
-        compiled: whether they run compiled too, in the memory format that suits compilers.
-
-    Raises:
-        UserError: for an unknown backend, or none.
-    """
-    if not backends:
-        raise UserError(f"--backends: give at least one of {', '.join(BACKENDS)}")
-    variants = []
-    for backend in dict.fromkeys(backends):
-        if backend not in BACKENDS:
-            close = difflib.get_close_matches(backend, BACKENDS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose among {', '.join(BACKENDS)}"
-            raise UserError(f"unknown backend {backend!r}: {hint}")
-        if backend in sparse.BACKENDS:
-            variants.append(Variant(backend, None))
-        else:
-            variants += [Variant(backend, memory_format) for memory_format in MEMORY_FORMATS]
-            variants += [Variant(backend, "channels_last", compiled=True)] * compiled
-    return variants
-
-
-class Workload:
-    """A model with random weights and its loss.
-
-    Attributes:
-        model: what is trained.
-    """
-
-    def __init__(self, case: Case, scope: str, variant: Variant) -> None:
-        self._case = case
-        # the sparse backends build their pyramid from a mask on the CPU, as training does
-        self._mask_device = "cpu" if variant.backend in sparse.BACKENDS else case.device
-        self._memory_format = MEMORY_FORMATS[variant.memory_format or "contiguous"]
-        self.model, self._loss = _BUILDERS[scope](case, variant.backend)
-        _start_norms_at_one(self.model)
-        self.model.to(case.device).to(memory_format=self._memory_format)  # type: ignore[call-overload]
-        if variant.compiled:
-            self.model.compile(dynamic=False)
-        self._inputs = self.inputs(case)
-
-    def inputs(self, case: Case) -> tuple[Tensor, Tensor]:
-        """The case's images, in this backend's memory format, and mask."""
-        images, visible = case.draw()
-        return images.contiguous(memory_format=self._memory_format), visible.to(self._mask_device)
-
-    def run(self, inputs: tuple[Tensor, Tensor] | None = None) -> None:
-        """One forward and backward pass, of this workload's own inputs when None, finished when it returns."""
-        with self._case.computing():
-            with self._case.autocast():
-                loss = self._loss(*(inputs or self._inputs))
-            loss.backward()
-        if self._case.device == "cuda":
-            torch.cuda.synchronize()
-
-    def clear(self) -> None:
-        """Forget the gradients."""
-        self.model.zero_grad(set_to_none=True)
-
-
-def _build_encoder(case: Case, backend: str) -> tuple[nn.Module, Loss]:
-    """An encoder; its loss is the sum of the means of the four feature scales."""
-    if backend == "dense":
-        model = dense_encoder(case.encoder)
-        return model, lambda images, visible: _sum_of_means(model(images))
-    if backend == "masked_dense":
-        model = masked_encoder(case.encoder)
-        return model, lambda images, visible: _sum_of_means(model(images, visible))
-    model = sparsify(dense_network(case.encoder))
-
-    def loss(images: Tensor, visible: Tensor) -> Tensor:
-        # a new mask in every step of training: its pyramid and tables belong to the pass
-        pyramid = sparse.Pyramid(visible, case.patch_size, backend, images.device)
-        return _sum_of_means([x.F for x in model(sparse.to_sparse(images, pyramid))])
-
-    return model, loss
-
-
-def _build_step(case: Case, backend: str) -> tuple[nn.Module, Loss]:
-    if backend == "dense":
-        model: nn.Module = DenseSparK(case.encoder, case.decoder_width)
-    elif backend == "masked_dense":
-        model = MaskedDenseSparK(headless(case.encoder), decoder_width=case.decoder_width)
-    else:
-        model = spark_me.build_model(
-            case.encoder,
-            image_size=case.image_size,
-            mask_ratio=case.mask_ratio,
-            decoder_width=case.decoder_width,
-            drop_path=0.0,
-            backend=backend,
-        )
-    return model, model
-
-
-_BUILDERS: dict[str, Callable[[Case, str], tuple[nn.Module, Loss]]] = {"encoder": _build_encoder, "step": _build_step}
-
-
-def _sum_of_means(features: Sequence[Tensor]) -> Tensor:
-    return torch.stack([x.mean(dtype=torch.float32) for x in features]).sum()
-
-
-def _start_norms_at_one(model: nn.Module) -> None:
-    """Encoders may start a block's last norm at zero; multiplying by zeros could cost less than training does."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith("weight"):
-            nn.init.ones_(parameter)

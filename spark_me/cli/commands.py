@@ -51,8 +51,7 @@ def _bench(args: argparse.Namespace) -> None:
 
         print(markdown_of(args.table))
         return
-    from spark_me.bench.case import Case
-    from spark_me.bench.command import bench, bench_largest, bench_sweep
+    from spark_me.bench import Case, bench
     from spark_me.devices import device_name
 
     case = Case(
@@ -64,13 +63,9 @@ def _bench(args: argparse.Namespace) -> None:
         device_name(args.device),
         args.dtype,
     )
-    options = {name: getattr(args, name) for name in ("backends", "runs", "warmup", "memory", "compiled")}
-    if args.largest_batch:
-        bench_largest(case, args.scope or "encoder", args.json, args.backends)
-    elif args.sweep is None:
-        bench(case, args.scope or "both", args.json, **options)
-    else:
-        bench_sweep(case, args.scope or "encoder", args.json, args.sweep, args.values, args.plot, **options)
+    scope = args.scope or ("encoder" if args.largest_batch or args.sweep else "both")
+    names = ("backends", "compiled", "largest_batch", "sweep", "values", "plot", "runs", "warmup", "memory")
+    bench(case, scope, args.json, **{name: getattr(args, name) for name in names})
 
 
 WIDEST = 100
