@@ -3,13 +3,12 @@
 import datetime
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import spark_me
-from spark_me.engine import ENGINE_NAME
+from spark_me.engine import ENGINE_NAME, installed_version
 
 _CPU_INFO = Path("/proc/cpuinfo")
 
@@ -33,7 +32,7 @@ class Machine:
 def describe_machine(device: str) -> Machine:
     """The machine at hand; `device` is "cpu" or "cuda"."""
     versions = {"spark_me": spark_me.__version__, "torch": torch.__version__}
-    versions |= {name: _version(name) for name in ("torchvision", ENGINE_NAME)}
+    versions |= {name: installed_version(name) or "not installed" for name in ("torchvision", ENGINE_NAME)}
     on_gpu = device == "cuda"
     return Machine(
         date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -47,13 +46,6 @@ def describe_machine(device: str) -> Machine:
 
 def _tf32() -> dict[str, bool]:
     return {"convolution": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _processor() -> str:

@@ -113,6 +113,7 @@ def test_configuration_is_checked_before_torch_is_imported(command: str) -> None
 def test_versions_are_those_installed() -> None:
     said = run_python(
         "import sys, spark_me.cli\n"
+        "sys.modules['requests'] = sys.modules['pypi_simple'] = None  # the group engine alone brings them\n"
         "try: spark_me.cli.main(['--version'])\n"
         "except SystemExit: print('torch' in sys.modules)\n"
         "import torch; print(torch.__version__)"

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 import spark_me
 from spark_me.config.loading import parse_config
 from spark_me.config.tasks import PretrainConfig
+from spark_me.engine import ENGINE_NAME, installed_version
 from spark_me.errors import UserError
 from spark_me.files import atomic_write
 from spark_me.weights.files import require_sound, require_weights
@@ -101,7 +101,7 @@ def checkpoint_of(
         "versions": {
             "spark_me": spark_me.__version__,
             "torch": str(torch.__version__),
-            "MinkowskiEngine": _installed_version("MinkowskiEngine"),
+            "MinkowskiEngine": installed_version(ENGINE_NAME),  # fine-tuning does without it
         },
         **_copied(dict(entries)),
     }
@@ -304,13 +304,6 @@ def restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
     state.step = content["step"]
     state.best = content["best"]
     state.unreadable.update(content["unreadable"])
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # fine-tuning does without the engine
-        return None
 
 
 def _copied(value: Any) -> Any:
