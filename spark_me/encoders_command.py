@@ -8,6 +8,7 @@ from tqdm import tqdm
 from spark_me.encoder import sparsify
 from spark_me.errors import UserError, printable
 from spark_me.networks import all_names, empty_network, list_encoders
+from spark_me.tables import text_table
 
 
 class Row(NamedTuple):
@@ -41,14 +42,7 @@ def list_networks(pattern: str | None) -> None:
     """
     names = matching(pattern)
     rows = [describe(name) for name in tqdm(names, desc="encoders", disable=len(names) < 5 or None, leave=False)]
-    width = max(len(row.name) for row in rows)
-    print(f"{'name':{width}}  parameters  patch  scales")
-    for row in rows:
-        if row.refusal:
-            print(f"{row.name:{width}}  no: {printable(row.refusal)}")
-        else:
-            scales = "  ".join(f"{channels}@{stride}" for channels, stride in zip(row.channels, row.strides))
-            print(f"{row.name:{width}}  {(row.parameters or 0) / 1e6:8.2f} M  {row.patch_size:5}  {scales}")
+    print(text_table([("name", "parameters", "patch", "scales"), *map(_cells, rows)], "<>><"))
     if pattern is None:
         print("Of torchvision and timm there are more: spark-me encoders 'timm/regnet*'")
 
@@ -66,6 +60,13 @@ def matching(pattern: str | None) -> list[str]:
     if not names:
         raise UserError(f"{pattern}: no network is called so: try a part of a name, such as regnet")
     return names
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row.refusal:
+        return row.name, "-", "-", f"no: {printable(row.refusal)}"
+    scales = "  ".join(f"{channels}@{stride}" for channels, stride in zip(row.channels, row.strides))
+    return row.name, f"{(row.parameters or 0) / 1e6:.2f} M", str(row.patch_size), scales
 
 
 def describe(name: str) -> Row:

@@ -15,9 +15,10 @@ from spark_me import cli
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import FinetuneConfig
 from spark_me.downstream import compare as module
-from spark_me.downstream.compare import Comparison, Row, Trial, compare, format_table
+from spark_me.downstream.compare import SIDES, Comparison, Row, Trial, cells_of, compare
 from spark_me.downstream.finetune import finetune
 from spark_me.errors import UserError
+from spark_me.tables import text_table
 from spark_me.train.logs import read_metrics
 from spark_me.train.starting_weights import settle_images
 from spark_me.train.step import Stepper
@@ -130,7 +131,7 @@ def test_rows_say_whether_the_seeds_lie_apart() -> None:
     overlap = Row(0.1, 140, pretrained=[0.9, 0.8], scratch=[0.85, 0.7])
     worse = Row(1.0, 1400, pretrained=[0.9], scratch=[0.95])
     assert [row.verdict for row in (better, overlap, worse)] == ["better", "overlap", "worse"]
-    lines = format_table([better, overlap, worse]).splitlines()
+    lines = text_table(cells_of([better, overlap, worse]), SIDES).splitlines()
     # The standard deviation of 2, -2, 0 is 2; of the differences 12, 5, 10 it is 3.6.
     assert " ".join(lines[1].split()) == "1 % 14 74.0 ± 2.0 % 65.0 ± 5.6 % +9.0 ± 3.6 apart"
     assert " ".join(lines[3].split()) == "100 % 1400 90.0 % 95.0 % -5.0 apart, scratch is better"

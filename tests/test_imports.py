@@ -10,7 +10,7 @@ import spark_me
 ROOT = Path(spark_me.__file__).parent
 LAYERS = """
 errors
-files devices trace masking drop_path sync_batch_norm networks initial_weights decoder dense masked_dense
+files tables devices trace masking drop_path sync_batch_norm networks initial_weights decoder dense masked_dense
 sparse
 engine encoder densify
 machine spark weights

@@ -7,6 +7,7 @@ which is shown as `key=VALUE`.
 import ast
 import functools
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -278,11 +279,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return '""' if value == "" else str(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _one_line(text: str) -> str:

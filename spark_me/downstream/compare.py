@@ -17,9 +17,11 @@ from spark_me.config.tasks import SCRATCH, FinetuneConfig
 from spark_me.data.class_folders import balanced_part, find_labelled
 from spark_me.downstream.finetune import finetune
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, sha256_of, write_json, write_text, writing
+from spark_me.files import sha256_of, write_json, write_text, writing
+from spark_me.tables import markdown_table, text_table
 from spark_me.train import distributed
 from spark_me.train.logs import read_metrics
+from spark_me.train.plots import save_figure
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.starting_weights import locate, settle_images
 
@@ -139,21 +141,14 @@ class Comparison:
 
 
 HEADER = ("labels", "images", PRETRAINED, FROM_SCRATCH, "difference", "ranges of the seeds")
+SIDES = ">" * len(HEADER)
 VERDICTS = {"better": "apart", "worse": "apart, scratch is better", "overlap": "overlap"}
 COLOURS = {PRETRAINED: "tab:blue", FROM_SCRATCH: "tab:orange"}
 
 
-def format_table(rows: Sequence[Row]) -> str:
-    """For the screen."""
-    cells = [HEADER, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
-
-
-def format_markdown(rows: Sequence[Row], path: Path) -> None:
-    """Write the same table in Markdown."""
-    lines = [HEADER, ("---:",) * len(HEADER), *map(_cells, rows)]
-    write_text(path, "".join(f"| {' | '.join(line)} |\n" for line in lines))
+def cells_of(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """What the table says, its header first."""
+    return [HEADER, *map(_cells, rows)]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -172,8 +167,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set(xlabel="share of the labels", ylabel="top-1 on the validation images", title="Fine-tuning")
     axes.grid(alpha=0.3)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -296,8 +290,8 @@ def _quiet(folder: Path) -> Iterator[None]:
 
 def _report(comparison: Comparison, fractions: Sequence[float], seeds: Sequence[int]) -> None:
     rows = comparison.rows(fractions, seeds)
-    print(format_table(rows))
+    print(text_table(cells_of(rows), SIDES))
     markdown, picture = comparison.folder / "comparison.md", comparison.folder / "comparison.png"
-    format_markdown(rows, markdown)
+    write_text(markdown, markdown_table(cells_of(rows), SIDES) + "\n")
     draw(rows, picture)
     print(f"look at   {picture}  {markdown}")

@@ -1,6 +1,5 @@
 """`spark-me evaluate`: the accuracy of a classifier on the validation images of a configuration."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,10 @@ from spark_me.data.datasets import Batch
 from spark_me.data.loaders import held_out_loader, labelled_test_dataset
 from spark_me.downstream.classifier import read_model
 from spark_me.errors import UserError, printable, shown
-from spark_me.files import atomic_write, check_output, check_output_folder, write_json, writing
+from spark_me.files import check_output, check_output_folder, write_json, writing
+from spark_me.tables import text_table
 from spark_me.train.distributed import Precision, device_of_process
+from spark_me.train.plots import save_figure
 from spark_me.train.starting_weights import settle_images
 
 
@@ -116,10 +117,7 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
-    with atomic_write(path) as file, warnings.catch_warnings():
-        # matplotlib's font has no Chinese, for example: the name is drawn with boxes.
-        warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 LISTED = 5
@@ -259,9 +257,8 @@ def _print(result: Evaluation) -> None:
     print(f"on {result.images} images of {len(result.classes)} classes{skipped}")
     if len(result.classes) > ON_SCREEN:
         return
-    names = [shown(row["class"]) for row in result.classes]
-    width = max(map(len, ["class", *names]))
-    print(f"{'class':<{width}}  images   top-1")
-    for name, row in zip(names, result.classes):
-        accuracy = "-" if row["top1"] is None else f"{row['top1']:.1%}"
-        print(f"{name:<{width}}  {row['images']:>6}  {accuracy:>6}")
+    rows = [
+        (shown(row["class"]), str(row["images"]), "-" if row["top1"] is None else f"{row['top1']:.1%}")
+        for row in result.classes
+    ]
+    print(text_table([("class", "images", "top-1"), *rows], "<>>"))

@@ -28,13 +28,12 @@ from spark_me.devices import copy_to
 from spark_me.downstream.evaluate import predict_all
 from spark_me.downstream.layer_decay import LayerDecay
 from spark_me.errors import UserError, printable
-from spark_me.files import atomic_write
 from spark_me.sync_batch_norm import convert_sync_batchnorm
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST, FINETUNE
 from spark_me.train.distributed import device_of_process, note_unreadable
 from spark_me.train.logs import command_text, place_text, quoted, read_metrics, say_start, say_stopped, size_text
-from spark_me.train.plots import HELD_OUT_COLOUR, TRAIN_COLOUR, smooth
+from spark_me.train.plots import HELD_OUT_COLOUR, TRAIN_COLOUR, save_figure, smooth
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import Schedule, count_steps_per_epoch
 from spark_me.train.starting_weights import settle_images, start_from
@@ -96,8 +95,7 @@ def plot_finetuning(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (losses, accuracies):
         if axes.lines:
             axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def _values(metrics: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -15,6 +15,7 @@ from spark_me.downstream.images import find_images, over_images, report
 from spark_me.downstream.preprocessing import Preprocessing
 from spark_me.errors import UserError, printable, shown
 from spark_me.files import atomic_write, check_output, write_json
+from spark_me.tables import text_table
 
 MOST, COLUMNS = 64, 8
 CAPTION_WIDTH, CAPTION_HEIGHT, MARGIN = 112, 18, 4
@@ -108,8 +109,7 @@ def table(paths: Sequence[Path], predictions: Sequence[dict[str, Any]]) -> str:
         for rank, row in enumerate(prediction.get("top_k", [prediction])):
             score, label = f"{row['pred_score']:.4f}", str(row["pred_label"])
             rows.append((printable(str(path)) if rank == 0 else "", score, label, shown(row["pred_class"])))
-    width, label_width = (max(len(row[column]) for row in rows) for column in (0, 2))
-    return "\n".join(f"{name:{width}}  {score:>6}  {label:>{label_width}}  {text}" for name, score, label, text in rows)
+    return text_table(rows, "<>><")
 
 
 def _write(

@@ -15,6 +15,7 @@ from spark_me.downstream.features import DEEPEST, Encoder, extract_features, loa
 from spark_me.downstream.images import report
 from spark_me.errors import UserError, install_text, shown
 from spark_me.files import check_output, write_json
+from spark_me.tables import text_table
 
 
 def require_equal_classes(train: Sequence[str], test: Sequence[str]) -> None:
@@ -212,18 +213,16 @@ def summary(figures: dict[str, Any]) -> str:
     total, knn, linear = figures["test_images"], figures["knn"], figures["linear"]
     chosen = "" if linear["chosen"] else ", not chosen: one image a class"
     rows = ((f"k-NN (k={knn['k']})", knn), (f"linear (C={linear['C']:g}{chosen})", linear))
-    width = max(len(name) for name, _ in rows)
-    lines = [
-        f"{figures['encoder']}, stage {figures['stage']}: {figures['features']} features; "
-        f"{figures['classes']} classes, {figures['train_images']} training and {total} test images"
+    tops = _tops(figures["classes"])
+    cells = [
+        (name, *(f"top-{top} {row[f'top{top}']:6.2%} ({row[f'top{top}_correct']} of {total})" for top in tops))
+        for name, row in rows
     ]
-    for name, row in rows:
-        tops = (
-            f"top-{top} {row[f'top{top}']:6.2%} ({row[f'top{top}_correct']} of {total})"
-            for top in _tops(figures["classes"])
-        )
-        lines.append(f"{name:{width}}  {'  '.join(tops)}")
-    return "\n".join(lines)
+    return (
+        f"{figures['encoder']}, stage {figures['stage']}: {figures['features']} features; "
+        f"{figures['classes']} classes, {figures['train_images']} training and {total} test images\n"
+        + text_table(cells, "<<<")
+    )
 
 
 def _check(fraction: float, seed: int, k: int, json_file: Path | None) -> None:

@@ -47,8 +47,19 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (squared error of normalised hidden pixels)", title="Pretraining loss")
     axes.set_ylim(bottom=0)
     axes.legend()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a PNG.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    with atomic_write(path) as file, warnings.catch_warnings():
+        # Of names in scripts that matplotlib's font lacks, Chinese for example; they are drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from")
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 class Row(NamedTuple):
@@ -77,11 +88,7 @@ def plot_reconstruction(rows: Sequence[Row], title: str, notes: Sequence[str], p
     Raises:
         UserError: if it cannot be written.
     """
-    figure = reconstruction_figure(rows, title, notes)
-    with atomic_write(path) as file, warnings.catch_warnings():
-        # Of file names in scripts that the font lacks; they are drawn as boxes.
-        warnings.filterwarnings("ignore", r"Glyph .* missing from")
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(reconstruction_figure(rows, title, notes), path)
 
 
 def reconstruction_figure(rows: Sequence[Row], title: str, notes: Sequence[str]) -> Figure:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -19,7 +20,9 @@ from spark_me.config.training import OptimConfig, TrainConfig
 from spark_me.data.files import find_files
 from spark_me.data.sampler import steps_of_epoch
 from spark_me.errors import UserError
-from spark_me.files import atomic_write, check_output
+from spark_me.files import check_output
+from spark_me.tables import text_table
+from spark_me.train.plots import save_figure
 
 
 def full_rate(name: str) -> float:
@@ -214,9 +217,11 @@ def _print(plan: Planned) -> None:
     print(f"  {plan.peak}")
     last = schedule.steps - 1
     places = {"first": 0, "warmed up": schedule.warmup_steps, "half-way": last // 2, "last": last}
-    print(f"  {'step':<9} {'number':>8} {'epoch':>8} {'lr':>10} {'decay':>7}")
-    for name, step in places.items():
-        print(f"  {name:<9} {step:>8} {step / each:>8.1f} {schedule.lr(step):>10.3g} {schedule.decay(step):>7.4f}")
+    rows = [
+        (name, str(step), f"{step / each:.1f}", f"{schedule.lr(step):.3g}", f"{schedule.decay(step):.4f}")
+        for name, step in places.items()
+    ]
+    print(indent(text_table([("step", "number", "epoch", "lr", "decay"), *rows], "<>>>>"), "  "))
 
 
 def _draw(plans: Sequence[Planned], path: Path) -> None:
@@ -228,8 +233,7 @@ def _draw(plans: Sequence[Planned], path: Path) -> None:
         _draw_panel(axes, plan)
     for axes in panels:  # those that are left
         axes.set_axis_off()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _draw_panel(axes: Axes, plan: Planned) -> None:
