@@ -1,10 +1,14 @@
 """The command line: one grammar for all commands, and one line for whatever is wrong or missing."""
 
+import argparse
+import inspect
 import json
 import os
+import pkgutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ import tiny_runs
 
 import spark_me
 from spark_me import cli
+from spark_me.cli import _parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPTIONAL = (
@@ -123,6 +128,28 @@ def test_versions_are_those_installed() -> None:
     assert "MinkowskiEngine 0.5.4" in version and imported == "False"
 
 
+def test_options_of_a_command_that_is_one_function_are_its_parameters() -> None:
+    found = set()
+    for command, parser in commands_of(_parser()):
+        run = parser.get_default("run")
+        if isinstance(run, partial):
+            parameters = inspect.signature(pkgutil.resolve_name(*run.args)).parameters
+            options = {action.dest for action in parser._actions} - {"help"}
+            kinds = {parameter.kind for parameter in parameters.values()}
+            assert options <= parameters.keys() or inspect.Parameter.VAR_KEYWORD in kinds, command
+            found.add(command)
+    assert {"predict", "features", "probe", "reconstruct", "engine install", "data digits"} <= found
+
+
+def commands_of(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """All commands with their parsers."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for each, own in action.choices.items():
+                yield from commands_of(own, f"{name} {each}".strip())
+    yield name, parser
+
+
 def test_names_that_are_imported_later_are_listed() -> None:
     named = run_python("import sys, spark_me; print(*dir(spark_me), 'torch' in sys.modules)").split()
     assert {"get_model", "load_weights", "SparseEncoder", "build_model"} <= set(named)
@@ -161,6 +188,7 @@ def test_missing_packages_are_named_with_their_group(config: Path, tmp_path: Pat
 import contextlib, io, json, sys
 sys.modules.update(dict.fromkeys({OPTIONAL}))
 from spark_me import cli
+from spark_me.cli import _parser
 said = {{}}
 for name, line in {lines}.items():
     with contextlib.redirect_stderr(io.StringIO()) as stream:

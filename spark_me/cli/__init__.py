@@ -9,7 +9,7 @@ from pathlib import Path
 
 import spark_me
 from spark_me.cli.commands import add_bench, add_config, add_data, add_finetune, add_inference, add_schedule
-from spark_me.cli.grammar import Parser, PrintVersions, add_configuration, configuration, parse
+from spark_me.cli.grammar import Parser, PrintVersions, add_configuration, called, configuration, parse
 from spark_me.errors import UserError, install_text, printable
 
 
@@ -83,13 +83,7 @@ def _add_reconstruct(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--out", type=Path, default=Path("reconstruction.png"), help="picture to write")
     parser.add_argument("--seed", type=int, default=0, help="which masks are drawn")
-    parser.set_defaults(run=_reconstruct, group="train")
-
-
-def _reconstruct(args: argparse.Namespace) -> None:
-    from spark_me.train.reconstruct import reconstruct_files
-
-    reconstruct_files(args.checkpoint, args.images, args.out, seed=args.seed)
+    parser.set_defaults(run=called("spark_me.train.reconstruct:reconstruct_files"), group="train")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -118,13 +112,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _add_encoders(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("encoders", help="list networks, with patch size and scales, and whether they convert")
     parser.add_argument("pattern", nargs="?", metavar="PATTERN", help="part of a name, or whole with * and ?")
-    parser.set_defaults(run=_encoders, group="train")
-
-
-def _encoders(args: argparse.Namespace) -> None:
-    from spark_me.encoders_command import list_networks
-
-    list_networks(args.pattern)
+    parser.set_defaults(run=called("spark_me.encoders_command:list_networks"), group="train")
 
 
 def _add_engine(commands: argparse._SubParsersAction) -> None:
@@ -139,29 +127,11 @@ def _add_engine(commands: argparse._SubParsersAction) -> None:
     install.add_argument(
         "--build-only", action="store_true", help="build into the cache and try to load it; install nothing"
     )
-    install.set_defaults(run=_engine_install, group="engine")
+    install.set_defaults(run=called("spark_me.engine.install:install"), group="engine")
     info = actions.add_parser("info", help="what is installed, what is cached, what a build would use")
-    info.set_defaults(run=_engine_info, group="engine")
-
-
-def _engine_install(args: argparse.Namespace) -> None:
-    from spark_me.engine.install import install
-
-    install(device=args.device, source=args.source, rebuild=args.rebuild, build_only=args.build_only)
-
-
-def _engine_info(args: argparse.Namespace) -> None:
-    from spark_me.engine.doctor import print_info
-
-    print_info()
+    info.set_defaults(run=called("spark_me.engine.doctor:print_info"), group="engine")
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("doctor", help="prove the installed engine against dense torch")
-    parser.set_defaults(run=_doctor, group="engine")
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from spark_me.engine.doctor import run_doctor
-
-    return run_doctor()
+    parser.set_defaults(run=called("spark_me.engine.doctor:run_doctor"), group="engine")

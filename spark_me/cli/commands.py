@@ -5,9 +5,8 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
-from spark_me.cli.grammar import add_configuration, configuration, image_size
+from spark_me.cli.grammar import add_configuration, called, configuration, image_size
 from spark_me.errors import UserError
 
 
@@ -113,7 +112,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     check.set_defaults(run=_check, group="train")
     digits = actions.add_parser("digits", help="write scikit-learn's digits as labelled images, for a demo")
     digits.add_argument("folder", type=Path, metavar="FOLDER", help="gets train/ and val/")
-    digits.set_defaults(run=_digits, group="demo")
+    digits.set_defaults(run=called("spark_me.data.commands:write_digits"), group="demo")
 
 
 def _stats(args: argparse.Namespace) -> None:
@@ -133,12 +132,6 @@ def _check(args: argparse.Namespace) -> int:
     from spark_me.data.commands import check
 
     return check(config, args.out)
-
-
-def _digits(args: argparse.Namespace) -> None:
-    from spark_me.data.commands import write_digits
-
-    write_digits(args.folder)
 
 
 WEIGHTS = "for example configs/finetune/small.yaml weights=runs/mine/checkpoints/best.pt"
@@ -209,24 +202,12 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     _add_weights(parser, "name of a published classifier, or a checkpoint with a classifier")
     _add_images(parser)
     parser.add_argument("--top-k", type=int, metavar="K", help="list the K likeliest classes of each image")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there, as one list")
+    parser.add_argument(
+        "--json", dest="json_file", type=Path, metavar="FILE", help="write the predictions there, as one list"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the first 64 images with their classes")
     _add_computing(parser)
-    parser.set_defaults(run=_predict, group="inference")
-
-
-def _predict(args: argparse.Namespace) -> int:
-    from spark_me.downstream.predict import predict_files
-
-    return predict_files(
-        args.weights,
-        args.images,
-        top_k=args.top_k,
-        json_file=args.json,
-        picture=args.picture,
-        raw=args.raw,
-        **_computing(args),
-    )
+    parser.set_defaults(run=called("spark_me.downstream.predict:predict_files"), group="inference")
 
 
 def _add_features(commands: argparse._SubParsersAction) -> None:
@@ -236,13 +217,7 @@ def _add_features(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
     _add_stage(parser)
     _add_computing(parser)
-    parser.set_defaults(run=_features, group="inference")
-
-
-def _features(args: argparse.Namespace) -> int:
-    from spark_me.downstream.features import features_of_files
-
-    return features_of_files(args.weights, args.images, args.out, stage=args.stage, raw=args.raw, **_computing(args))
+    parser.set_defaults(run=called("spark_me.downstream.features:features_of_files"), group="inference")
 
 
 def _add_probe(commands: argparse._SubParsersAction) -> None:
@@ -253,27 +228,10 @@ def _add_probe(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--fraction", type=float, default=1.0, help="share of each class's training images; default 1")
     parser.add_argument("--seed", type=int, default=0, help="decides which, and what the linear probe holds out")
     parser.add_argument("--k", type=int, default=20, help="neighbours that vote; default 20")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", dest="json_file", type=Path, metavar="FILE", help="write the figures there, too")
     _add_stage(parser)
     _add_computing(parser)
-    parser.set_defaults(run=_probe, group="probe")
-
-
-def _probe(args: argparse.Namespace) -> int:
-    from spark_me.downstream.probe import probe
-
-    return probe(
-        args.weights,
-        args.train,
-        args.test,
-        fraction=args.fraction,
-        seed=args.seed,
-        k=args.k,
-        stage=args.stage,
-        raw=args.raw,
-        json_file=args.json,
-        **_computing(args),
-    )
+    parser.set_defaults(run=called("spark_me.downstream.probe:probe"), group="probe")
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -300,13 +258,13 @@ def _export(args: argparse.Namespace) -> None:
     from spark_me.downstream.export import export
 
     size = None if args.image_size is None else image_size(args.image_size)
-    export(args.weights, args.out, args.to, image_size=size, raw=args.raw)
+    export(args.source, args.out, args.to, image_size=size, raw=args.raw)
 
 
 def _add_weights(
     parser: argparse.ArgumentParser, what: str = "name of published weights, or a checkpoint of any known layout"
 ) -> None:
-    parser.add_argument("weights", metavar="WEIGHTS", help=what)
+    parser.add_argument("source", metavar="WEIGHTS", help=what)
     parser.add_argument("--raw", action="store_true", help="of a fine-tuning checkpoint, not the moving average (EMA)")
 
 
@@ -324,10 +282,6 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes that read images; default: one a CPU, at most 4"
     )
-
-
-def _computing(args: argparse.Namespace) -> dict[str, Any]:
-    return {"device": args.device, "batch_size": args.batch_size, "workers": args.workers}
 
 
 def add_schedule(commands: argparse._SubParsersAction) -> None:

@@ -3,10 +3,12 @@
 import argparse
 import difflib
 import os
+import pkgutil
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +37,7 @@ class PrintVersions(argparse.Action):
     """An option that prints the versions that decide what is computed, and exits with 0."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(nargs=0, **options)
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
 
     def __call__(self, parser: argparse.ArgumentParser, *values: Any) -> None:
         """Print them; the packages are not imported for it."""
@@ -58,6 +60,17 @@ def add_configuration(parser: argparse.ArgumentParser, task: str, example: str, 
     parser.usage = f"{parser.prog} CONFIG.yaml{'…' if several else ''} [key=value …] [options]"
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml key=value", help=f"in any order; {example}")
     parser.set_defaults(configured=parser, task=task, several=several)
+
+
+def called(function: str) -> Callable[[argparse.Namespace], int | None]:
+    """What runs a command that is one function, MODULE:NAME: the command's options are its parameters, by name."""
+    return partial(_call, function)
+
+
+def _call(function: str, args: argparse.Namespace) -> int | None:
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "action", "run", "group")}
+    code: int | None = pkgutil.resolve_name(function)(**options)
+    return code
 
 
 def image_size(sides: Sequence[int]) -> tuple[int, int]:

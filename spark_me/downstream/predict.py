@@ -53,7 +53,7 @@ def draw_sheet(paths: Sequence[Path], captions: Sequence[str], preprocessing: Pr
 
 
 def predict_files(
-    model: str,
+    source: str,
     images: Sequence[Path],
     *,
     top_k: int | None = None,
@@ -67,7 +67,7 @@ def predict_files(
     """Classify image files, print a table, and name the unreadable ones at the end.
 
     Args:
-        model: what `load_classifier` takes.
+        source: what `load_classifier` takes.
         images: files, and folders of them at any depth.
         top_k: how many classes to list for each image; the likeliest alone when None.
         json_file: gets one list with, for each readable image, what `inference_model` returns but for `pred_scores`,
@@ -85,12 +85,12 @@ def predict_files(
         UserError: if the model is no classifier, no image is readable, or a file cannot be written.
     """
     check_top_k(top_k)
-    check_output(json_file, model, *images)
+    check_output(json_file, source, *images)
     if picture is not None and picture.suffix.lower() != ".png":
         raise UserError(f"{picture}: pictures are written as PNG: end the name in .png")
     paths = find_images(images)
-    check_output(picture, model, *paths)
-    classifier = load_classifier(model, raw=raw)
+    check_output(picture, source, *paths)
+    classifier = load_classifier(source, raw=raw)
     classifier.network.to(pick_device(device))
     results = over_images(
         paths, classifier.preprocessing, classifier.scores, batch_size=batch_size, workers=workers, what="predicting"
