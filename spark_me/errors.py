@@ -1,5 +1,7 @@
 """Errors that are for the user: one line that says what, where, and what to do next; and text that is safe to print."""
 
+from collections.abc import Sequence
+
 LONGEST_MESSAGE, LONGEST_NAME = 4000, 80
 """Characters that are shown of an error, and of a name that comes from outside."""
 
@@ -46,6 +48,12 @@ def printable(text: str) -> str:
     and bytes that are no text.
     """
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def listed(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """The first items, and how many more there are."""
+    rest = len(items) - most
+    return separator.join(items[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shorten(text: str, longest: int) -> str:

@@ -9,9 +9,7 @@ import torch
 from spark_me.config.data import FinetuneDataConfig
 from spark_me.data.listing import Paths, class_folders, is_there
 from spark_me.data.sampler import SUBSET, generator_of
-from spark_me.errors import UserError, shown
-
-LISTED = 5
+from spark_me.errors import UserError, listed, shown
 
 
 class Labelled(NamedTuple):
@@ -43,11 +41,10 @@ def find_labelled(data: FinetuneDataConfig, seed: int) -> LabelledFiles:
         train, classes = find_classes(Path(str(data.root)), f"data.root={data.root}")
     val, val_classes = find_val(data)
     if val_classes != classes:
-        only = sorted(set(classes) ^ set(val_classes))
-        listed = ", ".join(map(shown, only[:LISTED])) + (f" and {len(only) - LISTED} more" if only[LISTED:] else "")
+        only = listed([shown(name) for name in sorted(set(classes) ^ set(val_classes))])
         raise UserError(
             f"data.root={data.root}: {len(classes)} classes to train on and {len(val_classes)} to validate on differ "
-            f"(in one of them alone: {listed}): give both the same class folders"
+            f"(in one of them alone: {only}): give both the same class folders"
         )
     return LabelledFiles(balanced_part(train, data.fraction, seed), val, classes)
 
@@ -81,10 +78,9 @@ def find_classes(root: Path, key: str) -> tuple[Labelled, list[str]]:
     if len(found) < 2:
         number = "one class folder alone" if found else "no class folders"
         raise UserError(f"{key}: has {number}: put each class's images in a folder of its own")
-    empty = [name for name, paths in found.items() if not paths]
+    empty = [shown(name) for name, paths in found.items() if not paths]
     if empty:
-        first = ", ".join(map(shown, empty[:LISTED]))
-        raise UserError(f"{key}: no images in {len(empty)} class folders ({first}): fill or remove them")
+        raise UserError(f"{key}: no images in {len(empty)} class folders ({listed(empty)}): fill or remove them")
     labels = [label for label, paths in enumerate(found.values()) for _ in paths]
     return Labelled(Paths(path for paths in found.values() for path in paths), labels), list(found)
 

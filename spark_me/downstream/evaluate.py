@@ -16,7 +16,7 @@ from spark_me.data.class_folders import find_val
 from spark_me.data.datasets import Batch
 from spark_me.data.loaders import held_out_loader, labelled_test_dataset
 from spark_me.downstream.classifier import read_model
-from spark_me.errors import UserError, printable, shown
+from spark_me.errors import UserError, listed, printable, shown
 from spark_me.files import check_output, check_output_folder, write_json, writing
 from spark_me.tables import text_table
 from spark_me.train.distributed import Precision, device_of_process
@@ -120,9 +120,6 @@ def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     save_figure(figure, path)
 
 
-LISTED = 5
-
-
 def load_classifier(model: FinetuneModelConfig, weights: str, classes: list[str], *, raw: bool) -> nn.Module:
     """The network of a configuration with a classifier's weights, in evaluation mode.
 
@@ -144,9 +141,9 @@ def load_classifier(model: FinetuneModelConfig, weights: str, classes: list[str]
         )
     if file.num_classes is None:
         raise UserError(f"{weights}: has no classifier: fine-tune it first by `spark-me finetune`")
-    differing = sorted(set(file.classes or classes) ^ set(classes))
+    differing = [shown(name) for name in sorted(set(file.classes or classes) ^ set(classes))]
     if file.num_classes != len(classes) or differing:
-        names = f" (in one of them alone: {', '.join(map(shown, differing[:LISTED]))})" if differing else ""
+        names = f" (in one of them alone: {listed(differing)})" if differing else ""
         raise UserError(
             f"{weights}: has a classifier of {file.num_classes} classes, the images have {len(classes)}{names}: "
             "give data.root with the same class folders"

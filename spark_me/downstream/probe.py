@@ -13,7 +13,7 @@ from torch.nn import functional
 from spark_me.data.class_folders import Labelled, balanced_part, balanced_places, find_classes
 from spark_me.downstream.features import DEEPEST, Encoder, extract_features, load_encoder
 from spark_me.downstream.images import report
-from spark_me.errors import UserError, install_text, shown
+from spark_me.errors import UserError, install_text, listed, shown
 from spark_me.files import check_output, write_json
 from spark_me.tables import text_table
 
@@ -25,7 +25,7 @@ def require_equal_classes(train: Sequence[str], test: Sequence[str]) -> None:
         UserError: naming those that only one of them has.
     """
     problems = [
-        f"{', '.join(map(shown, names[:5]))}{', …' if len(names) > 5 else ''} only in {where}"
+        f"{listed([shown(name) for name in names])} only in {where}"
         for where, names in (
             ("--train", sorted(set(train) - set(test))),
             ("--test", sorted(set(test) - set(train))),

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spark_me.data.datasets import Batch
 from spark_me.data.sampler import STEP, Share, seed_of
 from spark_me.data.unreadable import UnreadableFiles
-from spark_me.errors import UserError
+from spark_me.errors import UserError, listed
 from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import SMALLEST_SCALE, Precision
@@ -191,8 +191,7 @@ class Stepper:
     def _require_finite(self, what: str, value: float, indices: Sequence[int]) -> None:
         if not math.isfinite(value):
             names = distributed.all_gather(self.task.image_names(indices))
-            shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
-            images = f" (images: {shown})" if shown else ""
+            images = f" (images: {listed(names, NAMED)})" if names else ""
             raise distributed.shared(
                 UserError(
                     f"the {what} is {value} at step {self.state.step + 1}{images}; the step was not taken: go on from "

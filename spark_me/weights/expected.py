@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spark_me.decoder import Decoder
-from spark_me.errors import UserError, shown
+from spark_me.errors import UserError, listed, shown
 from spark_me.networks import ENCODERS, OF_TIMM, TIMM, empty_network, list_encoders, makes_classifier
 from spark_me.trace import normalises_by_layer, trace
 
@@ -252,7 +252,7 @@ def check_tensors(
     mismatched = {name: (found[name], needed[name]) for name in needed if found.get(name, needed[name]) != needed[name]}
     shapes = [f"{shown(label(name))} is {show(a)}, needed is {show(b)}" for name, (a, b) in mismatched.items()]
     problems = [
-        f"{len(items)} {what}: {_listed(items, separator)}"
+        f"{len(items)} {what}: {listed(items, LISTED, separator)}"
         for what, items, separator in (
             ("missing", [*map(shown, missing)], ", "),
             ("unexpected", [*map(shown, unexpected)], ", "),
@@ -262,8 +262,8 @@ def check_tensors(
     ]
     if problems:
         likely = ", ".join(_shape_causes(mismatched, architecture))
-        listed = f"{'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
-        message = f"{where}: {', '.join(causes) or listed}"
+        said = f"{'; '.join(problems)}" + (f"; likely cause: {likely}" if likely else "")
+        message = f"{where}: {', '.join(causes) or said}"
         labelled = {label(name): shapes for name, shapes in mismatched.items()}
         raise WeightsError(message, missing, unexpected, labelled)
 
@@ -311,8 +311,3 @@ def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]], architecture: A
         else:
             causes["blocks"] = "other blocks or widths (a variant such as Wide ResNet, or another encoder)"
     return list(causes.values())
-
-
-def _listed(items: Sequence[str], separator: str) -> str:
-    rest = len(items) - LISTED
-    return separator.join(items[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
