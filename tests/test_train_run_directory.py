@@ -19,6 +19,9 @@ from spark_me.train.pretrain import Pretraining
 from spark_me.train.run_directory import RunDirectory
 
 
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
+
+
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     return tiny_runs.write_config(
