@@ -6,6 +6,7 @@ The processes are forks of this one: a new Python would import for ten seconds w
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -105,3 +106,19 @@ class Child:
     def output(self) -> str:
         """What it has written so far."""
         return os.pread(self._output.fileno(), 1 << 20, 0).decode()
+
+
+def together(function: Callable[[], int | None], processes: int = 2) -> list[Child]:
+    """The same call in several processes that have what torchrun would tell them; waits for all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def member(rank: int) -> Callable[[], int | None]:
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), **address}
+        return lambda: os.environ.update(own) or function()  # type: ignore[func-returns-value]
+
+    children = [Child(member(rank)) for rank in range(processes)]
+    for child in children:
+        child.wait()
+    return children

@@ -1,7 +1,9 @@
 """What several test modules need: masks that cover the exactness contract, random norms, relative errors."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +69,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw no pictures: matplotlib takes longer than steps of tiny networks."""
+    monkeypatch.setattr("spark_me.train.trainer.Trainer._draw", lambda self: None)
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of one block a stage, of their full width: the blocks of a stage are alike."""
+    from timm.models import ConvNeXt, dpn, resnet, resnetv2
+    from torchvision import models
+    from torchvision.models.convnext import CNBlockConfig
+
+    kinds = {models.ResNet: "layers", models.ConvNeXt: "block_setting", models.DenseNet: "block_config"}
+    kinds |= {resnet.ResNet: "layers", resnetv2.ResNetV2: "layers", ConvNeXt: "depths", dpn.DPN: "k_sec"}
+    for kind, name in kinds.items():
+
+        def start(self: nn.Module, *args: Any, full: Any = kind.__init__, name: str = name, **kwargs: Any) -> None:
+            call = inspect.signature(full).bind(self, *args, **kwargs)
+            stages = call.arguments[name]
+            call.arguments[name] = [
+                1 if isinstance(one, int) else CNBlockConfig(one.input_channels, one.out_channels, 1) for one in stages
+            ]
+            full(*call.args, **call.kwargs)
+
+        monkeypatch.setattr(kind, "__init__", start)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+import torch
 
 import spark_me
 from spark_me import cli
@@ -106,26 +107,42 @@ def test_commands_without_a_configuration_take_no_keys(capsys: pytest.CaptureFix
     assert stop.value.code == 2 and "unrecognized arguments: data.root=x" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["pretrain", "finetune", "compare", "evaluate", "data check", "data stats"])
-def test_configuration_is_checked_before_torch_is_imported(command: str) -> None:
-    task = "finetune" if command in ("finetune", "compare", "evaluate") else "pretrain"
-    line = [*command.split(), str(CONFIGS / task / "small.yaml"), "train.epoch=3", "weights=none"]
-    line += ["--weights", "w.pt"] if command == "evaluate" else []
-    said = run_python(f"import sys, spark_me.cli; print(spark_me.cli.main({line}), 'torch' in sys.modules)")
-    assert said.split() == ["2", "False"]
+@pytest.fixture(scope="module")
+def without_torch() -> dict[str, list]:
+    """What is answered in a process of its own, and whether torch is imported afterwards."""
+    lines = {"--version": ["--version"]}
+    for command in CHECKED:
+        task = "finetune" if command in ("finetune", "compare", "evaluate") else "pretrain"
+        weights = ["--weights", "w.pt"] if command == "evaluate" else []
+        overrides = ["train.epoch=3", "weights=none"]
+        lines[command] = [*command.split(), str(CONFIGS / task / "small.yaml"), *overrides, *weights]
+    code = f"""
+import contextlib, io, json, sys, spark_me
+sys.modules["requests"] = sys.modules["pypi_simple"] = None  # the group engine alone brings them
+answers = {{"dir": [dir(spark_me), "torch" in sys.modules]}}
+from spark_me import cli
+for name, line in {lines}.items():
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        try: answer = cli.main(line)
+        except SystemExit: answer = stream.getvalue()
+    answers[name] = [answer, "torch" in sys.modules]
+print(json.dumps(answers))
+"""
+    return json.loads(run_python(code))
 
 
-def test_versions_are_those_installed() -> None:
-    said = run_python(
-        "import sys, spark_me.cli\n"
-        "sys.modules['requests'] = sys.modules['pypi_simple'] = None  # the group engine alone brings them\n"
-        "try: spark_me.cli.main(['--version'])\n"
-        "except SystemExit: print('torch' in sys.modules)\n"
-        "import torch; print(torch.__version__)"
-    )
-    version, imported, torch = said.splitlines()
-    assert version.startswith(f"spark-me {spark_me.__version__} (torch {torch.partition('+')[0]}")
-    assert "MinkowskiEngine 0.5.4" in version and imported == "False"
+CHECKED = ["pretrain", "finetune", "compare", "evaluate", "data check", "data stats"]
+
+
+@pytest.mark.parametrize("command", CHECKED)
+def test_configuration_is_checked_before_torch_is_imported(without_torch: dict[str, list], command: str) -> None:
+    assert without_torch[command] == [2, False]
+
+
+def test_versions_are_those_installed(without_torch: dict[str, list]) -> None:
+    version, imported = without_torch["--version"]
+    assert version.startswith(f"spark-me {spark_me.__version__} (torch {torch.__version__.partition('+')[0]}")
+    assert "MinkowskiEngine 0.5.4" in version and not imported
 
 
 def test_options_of_a_command_that_is_one_function_are_its_parameters() -> None:
@@ -150,10 +167,10 @@ def commands_of(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tup
     yield name, parser
 
 
-def test_names_that_are_imported_later_are_listed() -> None:
-    named = run_python("import sys, spark_me; print(*dir(spark_me), 'torch' in sys.modules)").split()
+def test_names_that_are_imported_later_are_listed(without_torch: dict[str, list]) -> None:
+    named, imported = without_torch["dir"]
     assert {"get_model", "load_weights", "SparseEncoder", "build_model"} <= set(named)
-    assert named[-1] == "False"
+    assert not imported
 
 
 def test_import_from_the_folder_above_a_clone(tmp_path: Path) -> None:

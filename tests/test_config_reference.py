@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ DEFAULTS = {task: defaults_of(schema) for task, schema in SCHEMAS.items()}
 KEYS = sorted({*DEFAULTS["pretraining"], *DEFAULTS["fine-tuning"]})
 
 
+@cache
 def explain(key: str, width: int = 10_000) -> dict[str, str]:
     """The rows of an explanation, and the text above them as `meaning`."""
     heading, *lines = text_reference([key], width).splitlines()

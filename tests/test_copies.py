@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import contract_masks, randomise
+from tiny_runs import RESNET
 from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
@@ -84,9 +85,9 @@ def test_layer_computes_the_same_as_its_copy(layer: Callable[[], nn.Module], mak
 
 
 ENCODERS = [
-    ("resnet18", "native"),
-    ("resnet18", "minkowski"),
-    ("convnextv2_atto", "native"),
+    (RESNET, "native"),
+    (RESNET, "minkowski"),
+    ("timm/test_convnext3", "native"),
     ("functions", "native"),
     ("functions", "minkowski"),
 ]

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 from tar_shards import png, write_shard, write_shards
+from tiny_runs import SMALL
 
 from spark_me import cli
 from spark_me.config.loading import load_config
@@ -24,7 +25,7 @@ Write = Callable[..., Path]
 def write(tmp_path: Path) -> Write:
     def write(images: Path | str, channels: int = 3, **data: object) -> Path:
         content = {
-            "model": {"encoder": "resnet18", "image_size": [32, 64], "decoder_width": 32, "in_channels": channels},
+            "model": {"encoder": SMALL, "image_size": [32, 64], "decoder_width": 32, "in_channels": channels},
             "data": {"root": str(images), "workers": 0, **data},
             "optim": {"name": "adamw", "warmup_epochs": 0},
             "train": {"epochs": 1, "batch_size": 100},

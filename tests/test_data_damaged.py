@@ -14,6 +14,7 @@ import torch
 import yaml
 from mutations import mutate
 from PIL import Image
+from tiny_runs import SMALL
 from valid_images import valid_files
 
 from spark_me import cli
@@ -177,7 +178,7 @@ def test_names_that_are_no_text_where_output_is_strict(
     bad = folder / os.fsdecode(b"\xff\xfe.png")
     bad.write_bytes(b"no image")
     content = {
-        "model": {"encoder": "resnet18", "image_size": [32, 64], "decoder_width": 32},
+        "model": {"encoder": SMALL, "image_size": [32, 64], "decoder_width": 32},
         "data": {"root": str(folder), "workers": 0, "max_unreadable": 0.5, "held_out": 1},
         "optim": {"name": "adamw", "warmup_epochs": 0},
         "train": {"epochs": 1, "batch_size": 6},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise
+from tiny_runs import RESNET
 from torch import Tensor
 
 import spark_me
@@ -143,7 +144,7 @@ def test_a_single_valid_patch_is_refused() -> None:
 
 
 def masked_case() -> tuple[spark_me.spark.SparK, Tensor, Tensor, Tensor]:
-    model = randomise(spark_me.build_model("resnet18", image_size=SIZE, in_channels=4, decoder_width=32)).double()
+    model = randomise(spark_me.build_model(RESNET, image_size=SIZE, in_channels=4, decoder_width=32)).double()
     images = torch.randn(2, 4, *SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     valid = torch.tensor([[[1, 0, 1], [1, 1, 0]], [[1, 1, 1], [0, 0, 0]]], dtype=torch.bool)
     visible = torch.tensor([[[1, 0, 0], [0, 1, 0]], [[0, 1, 0], [0, 0, 0]]], dtype=torch.bool)
@@ -230,7 +231,7 @@ def test_run_on_thirteen_channels_with_nodata(tmp_path: Path) -> None:
         np.save(tmp_path / "images" / f"{number}.npy", array)
     (tmp_path / "c.yaml").write_text(
         f"""
-model: {{encoder: resnet18, image_size: [64, 64], decoder_width: 32, in_channels: 13}}
+model: {{encoder: {RESNET}, image_size: [64, 64], decoder_width: 32, in_channels: 13}}
 data: {{root: {tmp_path / "images"}, nodata: nan, held_out: 1, workers: 0, max_unreadable: 0.2}}
 optim: {{name: adamw, warmup_epochs: 0}}
 train: {{epochs: 2, batch_size: 3}}
@@ -257,7 +258,7 @@ def test_run_goes_on_where_a_micro_batch_has_one_visible_patch(tmp_path: Path, b
         np.save(tmp_path / "images" / f"{number}.npy", array)
     (tmp_path / "c.yaml").write_text(
         f"""
-model: {{encoder: resnet18, image_size: [64, 64], decoder_width: 32, in_channels: 4, backend: {backend}}}
+model: {{encoder: {RESNET}, image_size: [64, 64], decoder_width: 32, in_channels: 4, backend: {backend}}}
 data: {{root: {tmp_path / "images"}, nodata: nan, workers: 0, crop_scale: [1, 1], mean: [0.5, 0.5, 0.5, 0.5],
   std: [0.3, 0.3, 0.3, 0.3]}}
 optim: {{name: adamw, warmup_epochs: 0}}

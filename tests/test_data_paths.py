@@ -17,7 +17,7 @@ from spark_me.data.listing import Paths
 from spark_me.downstream.images import find_images
 
 NAMES = ["b/a.png", "a/ü.png", os.fsdecode(b"caf\xe9.png"), "a/new\nline.png", "z.png", "a/ü.png"]
-MANY = 200_000
+MANY = 60_000
 
 
 def test_as_a_list() -> None:
@@ -95,6 +95,6 @@ def test_worker_that_touches_every_name_copies_none() -> None:
     touch(paths, 10)  # what is imported on the way
     # Making paths takes memory, too, and more of it in a process that has much to copy.
     usual = private_growth(lambda: touch(paths, 1000))
-    assert private_growth(lambda: touch(paths, MANY)) < usual + 10e6
+    assert private_growth(lambda: touch(paths, MANY)) < usual + 3e6
     listed = list(paths)
-    assert private_growth(lambda: touch(listed, MANY)) > 30e6  # what is spared
+    assert private_growth(lambda: touch(listed, MANY)) > 9e6  # what is spared

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tar_shards import SIZES, png, write_shard, write_shards
+from tiny_runs import SMALL
 
 from spark_me.config.data import DataConfig
 from spark_me.config.loading import load_config
@@ -178,7 +179,7 @@ def test_reading_ahead_keeps_order_errors_and_stops() -> None:
 def test_run_on_shards_resumes_to_the_same_weights(pattern: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         f"""
-model: {{encoder: resnet18, image_size: [64, 64], decoder_width: 32}}
+model: {{encoder: {SMALL}, image_size: [64, 64], decoder_width: 32}}
 data: {{kind: webdataset, root: "{pattern}", val_root: "{tmp_path}/00.tar", workers: 0, shuffle_buffer: 6}}
 optim: {{name: adamw, warmup_epochs: 0}}
 train: {{epochs: 1, batch_size: 8}}

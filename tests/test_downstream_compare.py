@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_finetune import write_classes, write_config
+from tiny_runs import RESNET
 
 import spark_me
 from spark_me import cli
@@ -33,7 +34,7 @@ def _one_thread(one_thread: None) -> None:
 def config(tmp_path: Path) -> FinetuneConfig:
     write_classes(tmp_path / "images")
     torch.manual_seed(5)
-    torch.save(spark_me.get_model("resnet18").state_dict(), tmp_path / "pretrained.pth")
+    torch.save(spark_me.get_model(RESNET).state_dict(), tmp_path / "pretrained.pth")
     overrides = [f"weights={tmp_path / 'pretrained.pth'}", "train.epochs=1", "run.seed=3"]
     return load_config(write_config(tmp_path), overrides, schema=FinetuneConfig)
 
@@ -107,7 +108,7 @@ def test_a_folder_belongs_to_one_configuration_and_one_file_of_weights(config: F
     config.optim.base_lr *= 2
     assert "optim.base_lr: 0.02 → 0.04" in message_of(config, [1.0])
     config.optim.base_lr /= 2
-    torch.save(spark_me.get_model("resnet18").state_dict(), config.weights)
+    torch.save(spark_me.get_model(RESNET).state_dict(), config.weights)
     assert "pretrained.pth changed since" in message_of(config, [1.0])
     (Path(config.run.dir) / "comparison.json").write_text("{")
     assert "cannot be read" in message_of(config, [1.0])

@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, path: Path) -> tuple[torch.nn.Module, torch.nn
     content = {
         "format": "spark_me.finetune",
         "format_version": 2,
-        "config": to_yaml(tiny_config(folder)),
+        "config": to_yaml(tiny_config(folder, "model.encoder=resnet18")),
         "classes": CLASSES,
         "model": network.state_dict(),
         "ema": average.state_dict(),
@@ -84,7 +84,7 @@ def test_figures_are_those_counted_by_hand(
     network, average = save_checkpoint(tmp_path, tmp_path / "checkpoint.pt")
     expected = by_hand(network if raw else average, images)
     assert 0 < expected["top1"] < expected["top5"] < 1
-    command = ["evaluate", str(write_config(tmp_path)), f"weights={tmp_path / 'checkpoint.pt'}"]
+    command = ["evaluate", str(write_config(tmp_path, "resnet18")), f"weights={tmp_path / 'checkpoint.pt'}"]
     figures, out = tmp_path / "figures.json", tmp_path / "pictures"
     assert cli.main([*command, "--json", str(figures), "--out", str(out), *(["--raw"] if raw else [])]) == 0
     found = json.loads(figures.read_text())
@@ -109,14 +109,14 @@ def test_files_of_other_layouts_have_a_classifier_too(images: Path, tmp_path: Pa
     state |= {f"head.{name}": tensor for name, tensor in network.state_dict().items() if name.startswith("fc.")}
     torch.save({"state_dict": state}, tmp_path / "mmpretrain.pth")
     figures = tmp_path / "figures.json"
-    command = ["evaluate", str(write_config(tmp_path)), f"weights={tmp_path / 'mmpretrain.pth'}"]
+    command = ["evaluate", str(write_config(tmp_path, "resnet18")), f"weights={tmp_path / 'mmpretrain.pth'}"]
     assert cli.main([*command, "--json", str(figures)]) == 0
     assert json.loads(figures.read_text())["top1"] == pytest.approx(by_hand(network, images)["top1"])
 
 
 def message_of(capsys: pytest.CaptureFixture[str], tmp_path: Path, weights: Path, *overrides: str) -> str:
     capsys.readouterr()
-    assert cli.main(["evaluate", str(write_config(tmp_path)), *overrides, f"weights={weights}"]) == 2
+    assert cli.main(["evaluate", str(write_config(tmp_path, "resnet18")), *overrides, f"weights={weights}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -134,7 +134,7 @@ def test_what_it_refuses(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     own = tmp_path / "checkpoint.pt"
     assert "is a resnet18 of 3 channels" in message_of(capsys, tmp_path, own, "model.encoder=resnet34")
     for option in (["--out", str(own)], ["--out", str(own / "pictures")], ["--json", str(own)]):
-        assert cli.main(["evaluate", str(write_config(tmp_path)), f"weights={own}", *option]) == 2
+        assert cli.main(["evaluate", str(write_config(tmp_path, "resnet18")), f"weights={own}", *option]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert option[1] in line and ("is a file, not a folder" in line or "would replace" in line)
     (images / "val" / "class_6").rename(images / "val" / "class_7")
@@ -143,6 +143,6 @@ def test_what_it_refuses(images: Path, tmp_path: Path, capsys: pytest.CaptureFix
     broken = images / "val" / "class_0" / "0.png"
     broken.write_bytes(b"no image")
     assert "1 of 19 validation images are" in message_of(capsys, tmp_path, own)
-    command = ["evaluate", str(write_config(tmp_path)), "data.max_unreadable=0.1", f"weights={own}"]
+    command = ["evaluate", str(write_config(tmp_path, "resnet18")), "data.max_unreadable=0.1", f"weights={own}"]
     assert cli.main(command) == 0
     assert "on 18 images of 7 classes, 1 unreadable ones left out" in capsys.readouterr().out

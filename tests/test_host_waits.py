@@ -100,7 +100,7 @@ def test_the_guards_can_fail(visible):
     [("resnet18", False), ("resnet18", True), ("resnet50", False), ("convnextv2_atto", False), ("densenet121", False),
      ("timm/seresnet18", False), ("timm/resnetblur18", False), ("timm/tf_efficientnet_b0", False)],
 )  # fmt: skip
-def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypatch):
+def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypatch, shallow):
     monkeypatch.setattr(Neighbours, "pairs", _pairs)
     monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # autocast knows no such device

@@ -40,7 +40,7 @@ OF_A_PATCH_ALONE = [name for name in NETWORKS if name != "resnetblur18"]
 
 
 @pytest.fixture(autouse=True)
-def deterministic(one_thread):
+def deterministic(one_thread, shallow):
     torch.manual_seed(0)
 
 

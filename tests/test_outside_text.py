@@ -29,7 +29,7 @@ from spark_me.downstream.predict import draw_sheet
 from spark_me.downstream.preprocessing import recipe_preprocessing
 from spark_me.train.logs import quoted
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e"
 CLASSES = sorted(
@@ -46,18 +46,19 @@ class Place:
         self.out.mkdir(parents=True)
         write_classes(home / "images", train=2, val=2, classes=CLASSES)
         self.image = home / "images" / "val" / CLASSES[0] / "0.png"
-        write_config(home)
+        write_config(home, "resnet18")
         tiny_runs.write_config(home / "pretrain.yaml", tiny_runs.write_images(home / "plain"), epochs=1)
         self.before = self.files()
 
     def files(self) -> set[str]:
-        """All that lies here and beside, by name and content."""
-        paths = (Path(folder, name) for folder, _, names in os.walk(self.home.parent) for name in names)
+        """All that lies here and beside, by name and content, the folder of results aside."""
+        walk = [each for each in os.walk(self.home.parent) if not Path(each[0]).is_relative_to(self.out)]
+        paths = (Path(folder, name) for folder, _, names in walk for name in names)
         return {f"{os.path.relpath(path, self.home)} {hash(path.read_bytes())}" for path in paths}
 
     def new_files(self) -> set[str]:
         """Where files were written, the folder of results aside."""
-        return {name.partition(" ")[0] for name in self.files() - self.before if not name.startswith("out/")}
+        return {name.partition(" ")[0] for name in self.files() - self.before}
 
     def run(self, entry: str, weights: str) -> int:
         """The exit code of a command, or what a script would exit with that prints an error's text."""

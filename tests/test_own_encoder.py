@@ -1,13 +1,11 @@
 """The exactness contract for a network of one's own: ordinary layers of torch, none of them known by name here."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from child import Child
 from conftest import contract_masks, randomise
 from torch import nn
 from torch.nn import functional
@@ -184,57 +182,47 @@ def test_the_encoder_is_the_network_by_name_and_weight():
     assert not torch.equal(network.stem[0].weight, before["stem.0.weight"])
 
 
-def run(script):
+def in_a_fork(function):
     """What a process of its own prints."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    command = [sys.executable, "-c", script]
-    return subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
-    ).stdout
+    child = Child(function)
+    assert child.wait() == 0, child.output
+    return child.output
 
 
-REGISTERED = """
-import spark_me, torch
-from test_own_encoder import OwnNetwork
-
-spark_me.register_encoder("own", lambda in_channels, num_classes=None: OwnNetwork(3, in_channels, num_classes or 7))
-model = spark_me.build_model("own", image_size=(32, 48), in_channels=2, decoder_width=16)
-print(model.patch_size, *model.encoder.channels, "own" in spark_me.list_encoders())
-model(torch.randn(2, 2, 32, 48)).backward()
-for name in ("own", "resnet18", "timm/mine"):
-    try:
-        spark_me.register_encoder(name, OwnNetwork)
-    except spark_me.UserError as error:
-        print(error)
-"""
+def register():
+    spark_me.register_encoder("own", lambda in_channels, num_classes=None: OwnNetwork(3, in_channels, num_classes or 7))
+    model = spark_me.build_model("own", image_size=(32, 48), in_channels=2, decoder_width=16)
+    print(model.patch_size, *model.encoder.channels, "own" in spark_me.list_encoders())
+    model(torch.randn(2, 2, 32, 48)).backward()
+    for name in ("own", "resnet18", "timm/mine"):
+        try:
+            spark_me.register_encoder(name, OwnNetwork)
+        except spark_me.UserError as error:
+            print(error)
 
 
 def test_a_registered_factory_is_known_by_name():
     """In a process of its own: the registry lasts as long as one."""
-    first, *refusals = run(REGISTERED).splitlines()
+    first, *refusals = in_a_fork(register).splitlines()
     assert first == "16 8 8 16 32 True"
     taken = "own", "resnet18", "timm/mine"
     assert refusals == [f"encoder {name!r} exists already: register yours under another name" for name in taken]
 
 
-FORKED = """
-import os, torch, spark_me
-from test_own_encoder import OwnNetwork
-
-model = spark_me.build_model(OwnNetwork(2), image_size=16, decoder_width=16)
-model(torch.randn(2, 3, 16, 16)).backward()
-child = os.fork()
-if not child:
+def train_in_a_fork():
+    model = spark_me.build_model(OwnNetwork(2), image_size=16, decoder_width=16)
     model(torch.randn(2, 3, 16, 16)).backward()
-    os._exit(7)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+    child = os.fork()
+    if not child:
+        model(torch.randn(2, 3, 16, 16)).backward()
+        os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has threads of autograd's own")
 def test_a_fork_still_has_gradients():
     """Tracing must leave nothing behind by which autograd starts threads where there is no GPU."""
-    assert run(FORKED) == "7\n"
+    assert in_a_fork(train_in_a_fork) == "7\n"
 
 
 def test_a_factory_gets_the_channels_of_the_images(monkeypatch):

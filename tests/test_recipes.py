@@ -141,8 +141,8 @@ def test_small_data_warms_up_for_a_share_of_its_steps() -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "small"])
-def test_model_takes_a_step(name: str, tmp_path: Path) -> None:
-    # As published but for the size of image and batch, a learning rate whose first step is seen, and TF32.
+def test_model_takes_a_step(name: str, tmp_path: Path, shallow: None, one_thread: None) -> None:
+    # As published but for depth, the size of image and batch, a learning rate whose first step is seen, and TF32.
     config = load_config(
         PRETRAIN / f"{name}.yaml",
         [

@@ -8,16 +8,19 @@ import pytest
 import torch
 from test_recipes import IMAGENET, STEPS_OF_EPOCH
 from tiny_finetune import write_classes
+from torch import nn
 
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import FinetuneConfig
 from spark_me.data.class_folders import find_labelled
 from spark_me.data.sampler import Share
 from spark_me.downstream.finetune import Finetuning
+from spark_me.downstream.layer_decay import LayerDecay
 from spark_me.train.checkpoint import TrainState
 from spark_me.train.distributed import Precision
 from spark_me.train.schedules import build_optimizer, build_schedule, count_steps_per_epoch
 from spark_me.train.step import Stepper
+from spark_me.weights.models import build_network
 
 FINETUNE = Path(__file__).parents[1] / "configs" / "finetune"
 CPU = torch.device("cpu")
@@ -123,8 +126,21 @@ def test_numbers_and_curves_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*RECIPES, "small"])
-def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> None:
-    # As published but for the size of image and batch, and the precision.
+def test_groups_learn_at_the_published_shares_of_the_rate(name: str) -> None:
+    config = load(name, "data.root=imagenet")
+    with torch.device("meta"):
+        network: nn.Module = build_network(config.model.encoder, 1000)
+    groups = build_optimizer(network, config.optim, LayerDecay(network, config.optim.layer_decay).scale).param_groups
+    rates = {group["lr_scale"] for group in groups}
+    assert max(rates) == pytest.approx(1.0)
+    stem = RECIPES[name].stem_scale if name in RECIPES else 0.7**7
+    assert min(rates) == pytest.approx(stem, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "small"])
+@pytest.mark.usefixtures("shallow", "one_thread")
+def test_network_takes_a_step(name: str, tmp_path: Path) -> None:
+    # As published but for depth, the size of image and batch, and the precision.
     small = ["data.train_crop=32", "data.test_resize=36", "data.test_crop=32", "data.workers=0", "data.cache=true"]
     images = write_classes(tmp_path / "images", train=2, val=1)
     config = load(name, f"data.root={images}", *small, "train.batch_size=6", "train.precision=fp32")
@@ -140,10 +156,9 @@ def test_network_takes_a_step(name: str, tmp_path: Path, one_thread: None) -> No
     assert_initial_classifier(before, config.model.classifier_std)
     head = next(key for key in before if key.endswith(("fc.weight", "classifier.2.weight")))
     assert not torch.equal(task.model.state_dict()[head], before[head])
-    rates = {group["lr"] / schedule.lr(0) for group in optimizer.param_groups}
-    assert max(rates) == pytest.approx(1.0)
-    stem = RECIPES[name].stem_scale if name in RECIPES else 0.7**7
-    assert min(rates) == pytest.approx(stem, rel=1e-5)
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(schedule.lr(0) * group["lr_scale"])
+    assert len({group["lr"] for group in optimizer.param_groups}) > 4
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, config.optim.weight_decay}
     if task.ema is not None:
         torch.testing.assert_close(task.ema.module.state_dict()[head], task.model.state_dict()[head])

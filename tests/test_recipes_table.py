@@ -1,5 +1,6 @@
 """The table of docs/recipes.md that holds every published recipe against its source is what the YAML files say."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -8,10 +9,10 @@ from test_recipes_finetune import FINETUNE
 from test_recipes_finetune import RECIPES as FINETUNE_RECIPES
 from torch import nn
 
+from spark_me import build_model
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import AnyConfig, FinetuneConfig
 from spark_me.downstream.layer_decay import LayerDecay
-from spark_me.train.reconstruct import model_of
 from spark_me.train.schedules import build_schedule, count_steps_per_epoch, full_rate, parameter_groups
 from spark_me.weights.models import build_network
 
@@ -22,18 +23,29 @@ HEADER = [
 ]  # fmt: skip
 
 
+@cache
+def pretrained(encoder: str, decoder_width: int) -> nn.Module:
+    with torch.device("meta"):
+        return build_model(encoder, image_size=64, decoder_width=decoder_width)
+
+
+@cache
+def tuned_network(encoder: str) -> nn.Module:
+    with torch.device("meta"):
+        return build_network(encoder, 1000)
+
+
 def rows() -> list[list[str]]:
     """What the configurations say, in the table's words."""
     table = [HEADER, ["---"] * len(HEADER)]
     for name in RECIPES:
         config = load_config(PRETRAIN / f"{name}.yaml", ["data.root=imagenet"])
-        with torch.device("meta"):
-            groups = parameter_groups(model_of(config.model), full_rate)
+        model = config.model
+        groups = parameter_groups(pretrained(model.encoder, model.decoder_width), full_rate)
         table.append(row(name, config, config.model.init, len(groups)))
     for name in FINETUNE_RECIPES:
         tuned = load_config(FINETUNE / f"{name}.yaml", ["weights=none", "data.root=imagenet"], schema=FinetuneConfig)
-        with torch.device("meta"):
-            network: nn.Module = build_network(tuned.model.encoder, 1000)
+        network = tuned_network(tuned.model.encoder)
         groups = parameter_groups(network, LayerDecay(network, tuned.optim.layer_decay).scale)
         std = tuned.model.classifier_std
         classifier = "classifier by the library" if std is None else f"classifier normal, {std:g}"

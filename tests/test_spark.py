@@ -35,6 +35,7 @@ def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
 
 
 # Stochastic depth draws in the same order in ResNets; other libraries' modules draw in their own ways.
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
     "name, drop_path",
     [
@@ -69,12 +70,14 @@ def test_loss_gradients_and_statistics_equal_the_simulation(name, drop_path, bac
         assert_close(statistic, statistics[key], key)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_loss_float32(backend, visible, assert_close):
     model, oracle = twins("resnet18", torch.float32, backend=backend)
     images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
     assert_close(model(images, visible), oracle(images, visible))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("in_channels", [1, 4])
 def test_other_channel_counts(in_channels, visible, assert_close):
     model, oracle = twins("resnet18", torch.float64, in_channels=in_channels)
@@ -82,6 +85,7 @@ def test_other_channel_counts(in_channels, visible, assert_close):
     assert_close(model(images, visible), oracle(images, visible))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("training", [True, False])
 def test_four_feature_scales_equal_the_simulation(training, backend, visible, assert_close):
     model, oracle = twins("resnet50", torch.float64, backend=backend)
@@ -113,6 +117,7 @@ def test_published_parameter_counts(width, parameters):
     assert sum(p.numel() for p in model.encoder.parameters()) == 23_508_032
 
 
+@pytest.mark.usefixtures("shallow")
 def test_hidden_pixels_never_reach_the_prediction(visible):
     model, _ = twins("resnet18", torch.float32)
     images = torch.randn(len(visible), 3, 96, 128)
@@ -121,6 +126,7 @@ def test_hidden_pixels_never_reach_the_prediction(visible):
     assert torch.equal(model.predict(images, visible), model.predict(disturbed, visible))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_black_visible_pixels_are_sites(assert_close):
     model, oracle = twins("resnet18", torch.float64)
     images = torch.zeros(2, 3, 96, 128, dtype=torch.float64)
@@ -129,6 +135,7 @@ def test_black_visible_pixels_are_sites(assert_close):
     assert_close(model(images, visible), oracle(images, visible))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_predicting_nothing_scores_one():
     model, _ = twins("resnet18", torch.float32)
     torch.nn.init.zeros_(model.decoder.projection.weight)
@@ -136,6 +143,7 @@ def test_predicting_nothing_scores_one():
     assert model(torch.randn(4, 3, 96, 128)).item() == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_draws_a_mask_of_the_configured_ratio():
     model, _ = twins("resnet18", torch.float32)
     out = model.reconstruct(torch.randn(2, 3, 96, 128))
@@ -147,6 +155,7 @@ def test_draws_a_mask_of_the_configured_ratio():
     assert first != second
 
 
+@pytest.mark.usefixtures("shallow")
 def test_reconstruction_is_in_image_units(visible, assert_close):
     """A decoder that outputs the normalised target itself must give the image back."""
     model, _ = twins("resnet18", torch.float64)
@@ -161,6 +170,7 @@ def test_reconstruction_is_in_image_units(visible, assert_close):
     assert out.loss.item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_two_runs_with_one_seed_are_bitwise_equal(backend):
     def run():
         torch.manual_seed(0)
@@ -176,6 +186,7 @@ def test_two_runs_with_one_seed_are_bitwise_equal(backend):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_close_to_float64(dtype, backend, visible):
     model, oracle = twins("resnet18", torch.float32, backend=backend)
@@ -191,6 +202,7 @@ def test_autocast_is_close_to_float64(dtype, backend, visible):
 METHODS = ["forward", "encode", "reconstruct"]
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
 def test_a_batch_without_images_is_refused(encoder, method, backend):
@@ -205,6 +217,7 @@ def test_a_batch_without_images_is_refused(encoder, method, backend):
             compute(images, valid=visible)
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("images", [1, 3])
 def test_an_image_of_which_nothing_is_visible_is_refused(images, method, backend):

@@ -37,7 +37,7 @@ from spark_me.train.schedules import build_optimizer
 CONFIG = PretrainConfig(data=DataConfig(root="images", mean=[0.5] * 3, std=[0.25] * 3))
 
 
-def make_state(encoder: str = "resnet18", seed: int = 0) -> TrainState:
+def make_state(encoder: str = SMALL, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = build_model(encoder, image_size=(64, 64), decoder_width=32, backend="native")
     return TrainState(model, build_optimizer(model, PretrainConfig().optim), torch.amp.GradScaler("cpu", enabled=False))
@@ -255,7 +255,7 @@ def expect_one_line(path: Path, what: str) -> None:
 
 def test_of_another_model(trained: TrainState, tmp_path: Path) -> None:
     path = save(tmp_path, trained)
-    other: SparK = build_model("resnet34", image_size=(64, 64), decoder_width=32)
+    other: SparK = build_model(SMALL, image_size=(64, 64), decoder_width=64)
     with pytest.raises(UserError, match="is of another model") as caught:
         load_model(other, read_checkpoint(path), path)
     assert str(path) in str(caught.value)
@@ -272,7 +272,7 @@ def test_disk_that_fills_up_keeps_the_previous_checkpoint(tmp_path: Path) -> Non
         state.step = 1
         save(folder, state)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         state.step = 2
         with pytest.raises(UserError) as refused:
             save(folder, state, keep_last=1)
@@ -287,9 +287,11 @@ def test_disk_that_fills_up_keeps_the_previous_checkpoint(tmp_path: Path) -> Non
     assert f"the last good checkpoint is {folder / 'step_00000001.pt'}" in line
 
 
-def test_size_is_known_before_the_first_step(tmp_path: Path, trained: TrainState) -> None:
+def test_size_is_known_before_the_first_step(tmp_path: Path) -> None:
+    trained = make_state("resnet18")  # large enough that names do not count
+    take_step(trained)
     average = {"ema": trained.model.state_dict()}
-    untrained = checkpoint_size(make_state(), {})
+    untrained = checkpoint_size(make_state("resnet18"), {})
     assert untrained == checkpoint_size(trained, {})
     assert untrained == pytest.approx(save(tmp_path, trained).stat().st_size, rel=0.02)
     content = content_of(

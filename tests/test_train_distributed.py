@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TOLERANCE
-from tiny_runs import write_config, write_images
+from tiny_runs import SMALL, write_config, write_images
 from torch import Tensor, multiprocessing, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -61,7 +61,7 @@ class UnevenPretraining(Pretraining):
 def take_steps(name: str, path: Path, *, alone: bool) -> tuple[list[float], float, dict[str, Tensor]]:
     """Losses, held-out loss and weights after the steps of a case."""
     _, dtype, optimizer_name, accumulate, frozen = CASES[name]
-    overrides = [f"train.accumulate={1 if alone else accumulate}", f"train.epochs={STEPS}"]
+    overrides = [f"train.accumulate={1 if alone else accumulate}", f"train.epochs={STEPS}", "model.image_size=[16,16]"]
     if optimizer_name == "sgd":
         overrides.append("optim.base_lr=5")  # steps far above float32's rounding
     config = load_config(path, overrides)
@@ -98,7 +98,7 @@ def worker(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of all cases and processes."""
     folder = tmp_path_factory.mktemp("distributed")
-    path = write_config(folder / "tiny.yaml", write_images(folder / "images"), batch_size=8, height=64)
+    path = write_config(folder / "tiny.yaml", write_images(folder / "images"), encoder=SMALL, batch_size=8)
     path.write_text(path.read_text().replace("drop_path: 0.1", "drop_path: 0.0").replace("adamw", "lamb"))
     multiprocessing.start_processes(worker, (folder,), nprocs=4, start_method="fork")  # which imports nothing again
     return folder

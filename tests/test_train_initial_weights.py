@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import assert_same_end, newest, write_config, write_images
+from tiny_runs import RESNET, assert_same_end, newest, write_config, write_images
 from torch import Tensor
 
-from spark_me import convert
+from spark_me import convert, get_model
 from spark_me.config.loading import load_config
 from spark_me.errors import UserError
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.pretrain import pretrain
 from spark_me.weights import models
 
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 # Steps so small that weights stay where they began, to float32.
 STILL = ["optim.base_lr=1e-12", "train.epochs=1"]
 
@@ -23,7 +24,7 @@ STILL = ["optim.base_lr=1e-12", "train.epochs=1"]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    return write_config(folder / "tiny.yaml", write_images(folder / "images"))
+    return write_config(folder / "tiny.yaml", write_images(folder / "images"), encoder=RESNET)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +52,24 @@ def test_a_whole_model(config: Path, trained: Path, tmp_path: Path, capsys: pyte
     run = tmp_path / "run"
     weights = start(config, run, *STILL, f"model.init_from={trained}")
     assert_same(weights, newest(config.parent / "trained")["model"], "")
-    assert f"weights from {trained}: resnet18, spark_me layout" in capsys.readouterr().out
+    assert f"weights from {trained}: {RESNET}, spark_me layout" in capsys.readouterr().out
     record = json.loads((run / "initial_weights.json").read_text())
-    assert (record["source"], record["encoder"], record["notes"]) == (str(trained), "resnet18", [])
+    assert (record["source"], record["encoder"], record["notes"]) == (str(trained), RESNET, [])
     assert load_config(run / "config.yaml").model.init_from == str(trained)
 
 
 def test_an_encoder_alone_of_another_layout(config: Path, trained: Path, tmp_path: Path) -> None:
     encoder = tmp_path / "encoder.pth"
-    convert(trained, encoder, "torchvision")
+    convert(trained, encoder, "timm")
     weights = start(config, tmp_path / "run", *STILL, f"model.init_from={encoder}")
     assert_same(weights, newest(config.parent / "trained")["model"], "encoder.")
     assert_same(weights, start(config, tmp_path / "random", *STILL), "decoder.")
     record = json.loads((tmp_path / "run" / "initial_weights.json").read_text())
-    assert record["layout"] == "torchvision" and "decoder" in record["notes"][0]
+    assert record["layout"] == "timm" and "decoder" in record["notes"][0]
 
 
 def test_a_published_name(config: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.PUBLISHED, "mine", models.Published("resnet18", None, str(trained)))
+    monkeypatch.setitem(models.PUBLISHED, "mine", models.Published(RESNET, None, str(trained)))
     weights = start(config, tmp_path / "run", *STILL, "model.init_from=mine")
     assert_same(weights, newest(config.parent / "trained")["model"], "")
 
@@ -76,16 +77,18 @@ def test_a_published_name(config: Path, trained: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.encoder=resnet34"], "the file holds a resnet18, the model is a resnet34"),
+        (
+            ["model.init_from={folder}/resnet18.pth", "model.encoder=resnet34"],
+            "file holds a resnet18, the model is a resnet34",
+        ),
         (["model.init_from=spark_resnet50"], "neither a file nor a published name.*spark_sparse-resnet50_800e_in1k"),
     ],
 )
-def test_weights_that_do_not_fit(
-    config: Path, trained: Path, tmp_path: Path, overrides: list[str], message: str
-) -> None:
+def test_weights_that_do_not_fit(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     run = tmp_path / "run"
+    torch.save(get_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=message) as caught:
-        start(config, run, f"model.init_from={trained}", *overrides)
+        start(config, run, *(override.format(folder=tmp_path) for override in overrides))
     assert not run.exists()
     # Processes that train together send each other their errors.
     received = pickle.loads(pickle.dumps(caught.value))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import content_of, newest, write_config, write_images
+from tiny_runs import SMALL, content_of, newest, write_config, write_images
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -98,7 +98,7 @@ def test_scale_comes_back() -> None:
 
 
 def test_a_run_in_fp16(tmp_path: Path) -> None:
-    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), epochs=1)
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=1)
     assert cli.main(["pretrain", str(config), f"run.dir={tmp_path / 'run'}", "train.precision=fp16"]) == 0
     assert newest(tmp_path / "run")["scaler"]["scale"] >= 1
     losses = [entry["loss"] for entry in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in entry]
@@ -126,8 +126,8 @@ def test_compiled_decoder_gives_the_same_loss_and_gradient(
     one_thread: None, compiler: str, assert_close: Callable[[Tensor, Tensor], None]
 ) -> None:
     torch.manual_seed(0)
-    model = build_model("resnet18", image_size=(64, 64), decoder_width=32).double()
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model = build_model(SMALL, image_size=(16, 16), decoder_width=32).double()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     visible = torch.tensor([[[True, False], [False, True]], [[False, False], [True, False]]])
     results = []
     for compiled in (False, True):

@@ -1,4 +1,4 @@
-"""Whole runs of the real ResNet-18 on tiny images: what they leave behind, and everything that stops them."""
+"""Whole runs of tiny networks on tiny images: what they leave behind, and everything that stops them."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import SMALL
+from tiny_runs import RESNET, SMALL
 
 from spark_me import cli
 from spark_me.config.loading import load_config
@@ -22,6 +22,7 @@ from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.logs import read_metrics
 from spark_me.train.pretrain import pretrain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MakeConfig = Callable[..., PretrainConfig]
 
 
@@ -100,7 +101,8 @@ def test_height_and_width_may_differ_in_bf16_without_held_out_images(make_config
     assert not (tmp_path / "run" / "reconstruction.png").exists()
 
 
-@pytest.mark.parametrize("encoder", ["convnext_tiny", "convnextv2_atto"])
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("encoder", ["timm/test_convnext", "convnextv2_atto"])
 def test_convnexts_are_trained_from_the_command_line(encoder: str, make_config: MakeConfig, tmp_path: Path) -> None:
     make_config()
     overrides = [f"model.encoder={encoder}", "train.epochs=1", "optim.name=lamb"]
@@ -131,15 +133,16 @@ def test_a_complete_run_is_not_repeated(make_config: MakeConfig, tmp_path: Path)
     assert (run / "loss.png").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_config: MakeConfig, tmp_path: Path) -> None:
     from spark_me import build_model
     from spark_me.masking import draw_visible_of_samples
     from spark_me.train.reconstruct import load_images
 
-    config = make_config("model.encoder=resnet18", "data.held_out=3", "train.batch_size=2", "train.epochs=1")
+    config = make_config(f"model.encoder={RESNET}", "data.held_out=3", "train.batch_size=2", "train.epochs=1")
     pretrain(config)
     run = tmp_path / "run"
-    model = build_model("resnet18", image_size=(64, 64), decoder_width=32)
+    model = build_model(RESNET, image_size=(64, 64), decoder_width=32)
     model.load_state_dict(weights(run))
     model.eval()
     photos = [tmp_path / "images" / f"{number}.png" for number in (1, 4, 7)]
@@ -154,6 +157,7 @@ def test_held_out_loss_is_the_mean_over_fixed_masks_in_evaluation_mode(make_conf
 # What stops a run.
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_directory_of_another_configuration(make_config: MakeConfig, tmp_path: Path) -> None:
     pretrain(make_config("train.epochs=1"))
     before = weights(tmp_path / "run")
@@ -163,11 +167,13 @@ def test_directory_of_another_configuration(make_config: MakeConfig, tmp_path: P
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_never_overwrites_nothing(make_config: MakeConfig) -> None:
     pretrain(make_config("train.epochs=1"))
     assert "run.resume=never" in message_of(make_config("train.epochs=1", "run.resume=never"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_resume_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     pretrain(make_config())
     first = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
@@ -180,6 +186,7 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path)
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_named_checkpoint_goes_on_with_another_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
     pretrain(make_config())
     last = tmp_path / "run" / "checkpoints" / "step_00000004.pt"
@@ -192,6 +199,7 @@ def test_a_named_checkpoint_goes_on_with_another_learning_rate(make_config: Make
     assert "run.seed: 0 → 1" in message_of(other_order)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_damaged_newest_checkpoint_falls_back_aloud(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,12 +216,14 @@ def test_damaged_newest_checkpoint_falls_back_aloud(
     assert "none of 3 checkpoints loads" in message_of(make_config())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_changed_images(make_config: MakeConfig, images: Path) -> None:
     pretrain(make_config("train.epochs=1"))
     (images / "3.png").unlink()
     assert "the training data changed" in message_of(make_config("train.epochs=1"))
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_unreadable_images_are_skipped_and_listed(make_config: MakeConfig, images: Path, tmp_path: Path) -> None:
     (images / "2.png").write_bytes(b"no image")
     (images / "5.png").write_bytes((images / "5.png").read_bytes()[:500])

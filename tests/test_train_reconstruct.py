@@ -8,7 +8,7 @@ import torch
 from conftest import randomise
 from matplotlib.figure import Figure
 from PIL import Image
-from tiny_runs import content_of, write_config, write_images
+from tiny_runs import RESNET, content_of, write_config, write_images
 
 from spark_me import build_model, cli
 from spark_me.config.data import DataConfig
@@ -26,14 +26,14 @@ from spark_me.train.reconstruct import draw_reconstruction, load_images, model_o
 from spark_me.train.schedules import build_optimizer
 
 CONFIG = PretrainConfig(
-    model=ModelConfig(encoder="resnet18", backend="native", image_size=[64, 96], decoder_width=32),
+    model=ModelConfig(encoder=RESNET, backend="native", image_size=[64, 96], decoder_width=32),
     data=DataConfig(root="images"),
 )
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    model = randomise(build_model("resnet18", image_size=(64, 96), decoder_width=32))
+    model = randomise(build_model(RESNET, image_size=(64, 96), decoder_width=32))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState(model, build_optimizer(model, CONFIG.optim), scaler, step=1234)
     content = content_of(state, CONFIG, task="pretrain", steps_per_epoch=1, data_fingerprint="")
@@ -88,7 +88,7 @@ def test_picture_names_images_losses_and_step(
     assert losses[0] != losses[1]
     mean = np.mean([float(loss) for loss in losses])
     head, _, shown_mean = texts[0].rpartition(" ")
-    assert head == "resnet18, step 1234, mask ratio 0.6: mean loss"
+    assert head == f"{RESNET}, step 1234, mask ratio 0.6: mean loss"
     assert float(shown_mean) == pytest.approx(mean, abs=1e-4)
     (name,) = [text for text in texts if text.startswith("first")]
     assert name.endswith("last.jpg") and len(name) < 60 and "grey.png" in texts
@@ -118,7 +118,7 @@ def test_picture_against_the_files_themselves(
         arrays.append((array.astype(np.float64) - mean) / std)
         holes.append(hole)
     model_config = ModelConfig(
-        encoder="resnet18", backend="native", image_size=[height, width], decoder_width=32, in_channels=channels
+        encoder=RESNET, backend="native", image_size=[height, width], decoder_width=32, in_channels=channels
     )
     config = PretrainConfig(model=model_config, data=DataConfig(root="images", mean=mean, std=std, nodata=nodata))
     model = randomise(model_of(config.model))
@@ -205,14 +205,16 @@ def test_images_of_shards_are_named(tmp_path: Path, photo: Path, figures: list[F
 
 def test_run_draws_the_same_picture_as_the_command(tmp_path: Path, figures: list[Figure]) -> None:
     images = write_images(tmp_path / "images")
-    config = load_config(write_config(tmp_path / "c.yaml", images), [f"run.dir={tmp_path / 'run'}", "run.seed=5"])
+    config = load_config(
+        write_config(tmp_path / "c.yaml", images, encoder=RESNET), [f"run.dir={tmp_path / 'run'}", "run.seed=5"]
+    )
     pretrain(config)
     run = tmp_path / "run"
     held_out = find_files(config.data).held_out
     last = list_checkpoints(run / "checkpoints")[-1]
     paths = [str(path) for path in held_out]
     assert cli.main(["reconstruct", str(last), *paths, "--seed", "5", "--out", str(tmp_path / "out.png")]) == 0
-    assert figures[-1].texts[0].get_text().startswith("resnet18, step 8, mask ratio 0.6: mean loss ")
+    assert figures[-1].texts[0].get_text().startswith(f"{RESNET}, step 8, mask ratio 0.6: mean loss ")
     assert {Path(path).name for path in paths} <= {text.get_text() for text in figures[-1].texts}
     assert np.array_equal(
         *(np.asarray(Image.open(path)) for path in (run / "reconstruction.png", tmp_path / "out.png"))

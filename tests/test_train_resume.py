@@ -70,6 +70,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="finds the file being written through /proc")
+@pytest.mark.usefixtures("undrawn")
 def test_killed_and_resumed_equals_undisturbed(config: Path, tmp_path: Path) -> None:
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     code, output = run(config, calm)

@@ -17,6 +17,8 @@ from spark_me.train import pretrain as pretraining
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.pretrain import Pretraining
 
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

@@ -1,40 +1,40 @@
 """Being asked to stop: the first signal is answered at once, a second Ctrl-C stops and says what is lost."""
 
+import hashlib
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_runs
+from child import Child
 
 from spark_me import cli
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.step import Stepper
 from spark_me.train.trainer import StopRequest
 
-COMPUTING = """
-import hashlib
-from spark_me.train.trainer import StopRequest
-with StopRequest() as stop:
-    print("computing", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 3_000_000)  # one instruction of Python's, of some seconds
-    print("computed", stop.signal.name, flush=True)
-"""
+
+def compute() -> None:
+    with StopRequest() as stop:
+        print("computing")
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_500_000)  # one instruction of Python's, of about a second
+        assert stop.signal is not None
+        print("computed", stop.signal.name)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_answer_does_not_wait_for_what_is_computed(number: signal.Signals) -> None:
-    command = [sys.executable, "-c", COMPUTING]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "computing\n"
-        process.send_signal(number)
-        answer, computed = process.stdout.readlines()
-    assert "finishing this step, then saving" in answer
-    assert computed == f"computed {number.name}\n"
+    child = Child(compute)
+    while not child.output:
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    assert child.wait() == 0, child.output
+    computing, answer, computed = child.output.splitlines()
+    assert computing == "computing" and "finishing this step, then saving" in answer
+    assert computed == f"computed {number.name}"
 
 
 def test_handlers_are_put_back_and_silence_is_kept(capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,7 +109,7 @@ def test_published_names_and_addresses():
     assert [url[-12:-4] for url in urls.values()] == ["e403c28f", "f86aab51", "b0ea712e", "ffc78743"]
 
 
-def test_every_listed_model_can_be_built():
+def test_every_listed_model_can_be_built(shallow):
     classifiers = {CLASSIFIER, "convnextv2-tiny_spark-pre_300e_in1k"}
     pretrained = {"spark_sparse-resnet50_800e_in1k", "spark_sparse-convnextv2-tiny_800e_in1k"}
     plain = {"resnet18", "resnet200", "convnext_large", "convnextv2_atto", "convnextv2_huge"}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tiny_runs import RESNET
 
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import FinetuneConfig
@@ -12,7 +13,7 @@ from spark_me.config.tasks import FinetuneConfig
 COLOURS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 CONFIG = """
 weights: none
-model: {{encoder: resnet18, drop_path: 0.1}}
+model: {{encoder: {encoder}, drop_path: 0.1}}
 data: {{root: {root}, train_crop: 32, test_resize: 36, test_crop: 32, workers: 0}}
 optim: {{base_lr: 0.02, warmup_epochs: 0.5, layer_decay: 0.7}}
 train: {{epochs: 2, batch_size: 4, label_smoothing: 0.1, mixup: 0.8, cutmix: 1.0}}
@@ -33,10 +34,10 @@ def write_classes(root: Path, train: int = 4, val: int = 2, classes: Sequence[st
     return root
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, encoder: str = RESNET) -> Path:
     """A configuration for the images of `write_classes` in folder/images: 3 steps an epoch."""
     path = folder / "tiny.yaml"
-    path.write_text(CONFIG.format(root=folder / "images", run=folder / "run"))
+    path.write_text(CONFIG.format(encoder=encoder, root=folder / "images", run=folder / "run"))
     return path
 
 

@@ -28,6 +28,8 @@ run: {{checkpoint_every_steps: 2, log_every_steps: 1, device: cpu, picture_every
 
 SMALL = "small"
 """For runs that are not about their encoder: a step takes milliseconds, and a checkpoint is written in as many."""
+RESNET = "timm/test_resnet"
+"""A ResNet of half a million weights: for tests to which stride 32 or four stages matter, but not the size."""
 
 
 class SmallNetwork(nn.Module):
