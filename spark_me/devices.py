@@ -44,6 +44,27 @@ def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class Readback:
+    """Values on their way from a device to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        """
+        Args:
+            values: [N], on any device. Their copy is under way when this returns; the host has not waited for it.
+        """
+        self._values = values.to("cpu", non_blocking=True)  # from a GPU, into pinned memory
+        self._done = None
+        if values.is_cuda:
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def read(self) -> list[float]:
+        """The values. The host waits for what they are computed from, but for nothing that was asked for later."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()
+
+
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Within, float32 products on a GPU take TF32, or are float32's own."""

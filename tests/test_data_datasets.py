@@ -127,7 +127,7 @@ def test_batch_without_its_unreadable_samples(files: list[Path]) -> None:
 
 def test_batch_is_pinned_as_a_batch() -> None:
     # DataLoader pins named tuples field by field and keeps their type.
-    assert Batch._fields == ("images", "indices", "unreadable", "valid", "labels")
+    assert Batch._fields == ("images", "indices", "unreadable", "valid", "labels", "visible")
 
 
 def test_held_out_image_is_its_normalised_centre(tmp_path: Path) -> None:

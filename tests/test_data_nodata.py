@@ -46,7 +46,7 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
             torch.manual_seed(seed)
             return transform(picture)
 
-        image, valid, without_data = crop(transform, picture.masked_fill(hole, torch.nan))
+        image, valid, without_data, _ = crop(transform, picture.masked_fill(hole, torch.nan))
         assert image.isfinite().all()
         # The same crop without nodata, with two contents of the hole: what differs was touched.
         ones, twos = (crop(plain, picture.masked_fill(hole, value)).image for value in (100.0, -100.0))
@@ -64,7 +64,7 @@ def test_every_touched_pixel_is_marked(make, interpolation: str) -> None:
 def test_patches_far_from_the_hole_stay_valid() -> None:
     picture = torch.rand(4, 64, 96)
     picture[:, 10, 10] = torch.nan
-    _, valid, without_data = held_out_transform(DATA, SIZE, 4)(picture)
+    _, valid, without_data, _ = held_out_transform(DATA, SIZE, 4)(picture)
     assert without_data.nonzero().tolist() == [[10, 10]]
     assert valid.tolist() == [[False, True, True], [True, True, True]]
 

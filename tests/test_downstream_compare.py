@@ -80,7 +80,7 @@ def test_a_signal_stops_it_and_it_goes_on(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs: list[tuple[str, bool]] = []
-    step = Stepper.step
+    step = Stepper.take
 
     def step_under_a_signal(self: Stepper, *arguments: Any) -> Any:
         if len(runs) == 1:
@@ -91,7 +91,7 @@ def test_a_signal_stops_it_and_it_goes_on(
         runs.append((Path(own.run.dir).name, finetune(own)))
         return runs[-1][1]
 
-    monkeypatch.setattr(Stepper, "step", step_under_a_signal)
+    monkeypatch.setattr(Stepper, "take", step_under_a_signal)
     monkeypatch.setattr(module, "finetune", finetune_and_note)
     compare(config, [1.0], 1)
     assert runs == [("pretrained_1_seed3", True), ("scratch_1_seed3", False)]

@@ -7,18 +7,27 @@ condition) raises. Copies to it are counted: one that is not pinned would make t
 import gc
 import itertools
 import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import contract_masks
 from masked_convolutions import square_window
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spark_me
 from spark_me import sparse
+from spark_me.config.training import OptimConfig, TrainConfig
+from spark_me.data.datasets import Batch
 from spark_me.sparse.neighbours import Neighbours, Pairs, Window
+from spark_me.train import step
+from spark_me.train.checkpoint import TrainState
+from spark_me.train.schedules import build_optimizer, build_schedule
+from spark_me.train.step import Inputs
 
 META = torch.device("meta")
 WINDOWS = [
@@ -114,6 +123,43 @@ def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypat
     assert loss.shape == () and all(parameter.grad is not None for parameter in model.parameters())
     # what the pyramid and its tables need, and which patches are reconstructed (and which have nodata)
     assert len(copies.shapes) == 4 + with_nodata
+
+
+class OnMeta:
+    """SparK on the device without values, as a task."""
+
+    steps_per_epoch = 10
+
+    def __init__(self) -> None:
+        self.model = spark_me.build_model("timm/test_resnet", image_size=(96, 128), decoder_width=32).to(META)
+
+    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+        assert batch.visible is not None
+        return Inputs((batch.images, batch.visible), int((~batch.visible).sum()))
+
+    def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
+        return model(*tensors)
+
+    def after_step(self) -> None:
+        """Nothing else changes."""
+
+
+def test_a_step_of_the_trainer_waits_for_nothing(visible, monkeypatch):
+    monkeypatch.setattr(Neighbours, "pairs", _pairs)
+    monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(step, "Readback", list)  # what is on its way back; it is read when it has arrived
+    task, scaler = OnMeta(), torch.amp.GradScaler("cpu", enabled=False)
+    precision = SimpleNamespace(device=META, autocast=nullcontext(), scaler=scaler)
+    state = TrainState(task.model, build_optimizer(task.model, OptimConfig(name="adamw")), scaler)
+    schedule = build_schedule(OptimConfig(), TrainConfig(), steps_per_epoch=10)
+    stepper = step.Stepper(task, state, schedule, precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
+    images = torch.empty(len(visible), 3, 96, 128, device=META)
+    for number in (1, 2):
+        prepared = stepper.prepare([Batch(images, list(range(len(visible))), [], visible=visible)])
+        assert prepared.targets == (~visible).sum()
+        taken = stepper.take(prepared, prepared.targets)
+        assert taken.step == state.step == number and len(taken.values) == 2
 
 
 def _pairs(self: Neighbours, window: Window) -> list[Pairs]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny_runs import write_images
+from tiny_runs import take_step, write_images
 from torch import nn
 
 from spark_me.config.loading import load_config
@@ -163,7 +163,7 @@ def test_model_takes_a_step(name: str, tmp_path: Path, shallow: None, one_thread
     before = watched.detach().clone()
     schedule = build_schedule(config.optim, config.train, 1)
     stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
-    values = stepper.step([next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
+    values = take_step(stepper, [next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
     assert math.isfinite(values["loss"]) and 0.5 < values["loss"] < (3 if config.model.init == "official" else 40)
     assert not torch.equal(watched, before) and watched.isfinite().all()
 

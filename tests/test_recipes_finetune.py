@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_recipes import IMAGENET, STEPS_OF_EPOCH
 from tiny_finetune import write_classes
+from tiny_runs import take_step
 from torch import nn
 
 from spark_me.config.loading import load_config
@@ -151,7 +152,7 @@ def test_network_takes_a_step(name: str, tmp_path: Path) -> None:
     state = TrainState(task.model, optimizer, precision.scaler)
     before = {key: tensor.clone() for key, tensor in task.model.state_dict().items()}
     stepper = Stepper(task, state, schedule, precision, seed=0, clip_norm=config.optim.clip_norm)
-    values = stepper.step([next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
+    values = take_step(stepper, [next(iter(task.batches(Share(config.train.batch_size, 1, config.run.seed), 0)))])
     assert values["loss"] > 0
     assert_initial_classifier(before, config.model.classifier_std)
     head = next(key for key in before if key.endswith(("fc.weight", "classifier.2.weight")))

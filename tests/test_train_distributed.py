@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import TOLERANCE
-from tiny_runs import SMALL, write_config, write_images
+from tiny_runs import SMALL, take_step, write_config, write_images
 from torch import Tensor, multiprocessing, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,7 +48,7 @@ class UnevenPretraining(Pretraining):
         generators = (torch.Generator().manual_seed(100 * epoch + index) for index in batch.indices)
         orders = [torch.randperm(4, generator=generator) for generator in generators]
         visible = torch.stack([order <= index % 3 for index, order in zip(batch.indices, orders)]).view(-1, 2, 2)
-        return Inputs((batch.images.to(self.dtype), visible), int((~visible).sum()))
+        return Inputs((self.normalise(batch.images).to(self.dtype), visible), int((~visible).sum()))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
         if self.frozen_norms:
@@ -77,7 +77,7 @@ def take_steps(name: str, path: Path, *, alone: bool) -> tuple[list[float], floa
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     share = Share(config.train.batch_size, STEPS, config.run.seed, accumulate=config.train.accumulate, **place)
     batches = iter(task.batches(share, 0))
-    losses = [stepper.step([next(batches) for _ in range(config.train.accumulate)])["loss"] for _ in range(STEPS)]
+    losses = [take_step(stepper, [next(batches) for _ in range(config.train.accumulate)])["loss"] for _ in range(STEPS)]
     weights = {key: value.clone() for key, value in task.model.state_dict().items()}
     task.model.float()
     held_out = task.evaluate(UnreadableFiles({}, 10, 0, print), precision.autocast)["held_out_loss"]

@@ -1,15 +1,20 @@
-"""A run whose length is given in steps ends there, wherever its epochs end, as one of whole epochs does."""
+"""A step has one exchange; a run whose length is given in steps ends there, wherever its epochs end."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_runs import SMALL, newest, write_config, write_images
+from torch import Tensor, multiprocessing
 
 from spark_me.config.loading import load_config
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.logs import read_metrics
 from spark_me.train.pretrain import pretrain
+from spark_me.train.step import Stepper
 
 
 def test_a_run_of_steps_ends_within_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,3 +48,35 @@ def test_whole_epochs_and_as_many_steps_are_the_same_run(tmp_path: Path) -> None
     pretrain(load_config(path, [f"run.dir={tmp_path / 'steps'}", *in_steps]))
     one, other = newest(tmp_path / "epochs")["model"], newest(tmp_path / "steps")["model"]
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def exchanges(rank: int, folder: Path) -> None:
+    """Write down what processes tell each other, and which steps they take between."""
+    torch.set_num_threads(1)
+    said: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            # Norms exchange their sums in float32.
+            if not (isinstance(arguments[0], Tensor) and arguments[0].dtype == torch.float32):
+                said.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "barrier", "all_gather", "broadcast"):
+        setattr(dist, name, noted(name, getattr(dist, name)))
+    Stepper.take = noted("step", Stepper.take)  # type: ignore[method-assign]
+    pretrain(load_config(folder / "tiny.yaml", [f"run.dir={folder / 'run'}"]))
+    (folder / f"said_{rank}").write_text(" ".join(said))
+    dist.destroy_process_group()
+
+
+def test_a_step_has_one_exchange(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=1)  # 4 steps
+    path.write_text(path.read_text().replace("checkpoint_every_steps: 2", "checkpoint_every_steps: null"))
+    multiprocessing.start_processes(exchanges, (tmp_path,), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        _, *between, _ = (tmp_path / f"said_{rank}").read_text().split("step")
+        assert [words.split() for words in between] == [["all_reduce"]] * 3

@@ -64,15 +64,15 @@ def test_second_interruption_says_what_is_lost(
     config = tiny_runs.write_config(
         tmp_path / "tiny.yaml", tiny_runs.write_images(tmp_path / "images"), encoder=tiny_runs.SMALL
     )
-    take_step = Stepper.step
+    take = Stepper.take
 
-    def interrupted(self: Stepper, batches: Any) -> dict[str, float]:
+    def interrupted(self: Stepper, *arguments: Any) -> Any:
         if self.state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
-        return take_step(self, batches)
+        return take(self, *arguments)
 
-    monkeypatch.setattr(Stepper, "step", interrupted)
+    monkeypatch.setattr(Stepper, "take", interrupted)
     assert cli.main(["pretrain", str(config), f"run.dir={tmp_path / 'run'}"]) == 130
     folder = tmp_path / "run" / "checkpoints"
     last = capsys.readouterr().err.splitlines()[-1]

@@ -21,9 +21,9 @@ from spark_me.train.step import Stepper
 
 def disturbed(checkpoint: Path, words: Sequence[str]) -> None:
     """Process 1 kills itself in the third step of its first life, and is asked to stop in the fifth of its second."""
-    life, take_step = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), Stepper.step
+    life, take = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), Stepper.take
 
-    def step(self: Stepper, batches: Any) -> dict[str, float]:
+    def step(self: Stepper, *arguments: Any) -> Any:
         number = self.state.step + 1
         if distributed.rank() == 1:
             if (life, number) == (0, 3):
@@ -32,9 +32,9 @@ def disturbed(checkpoint: Path, words: Sequence[str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if (life, number) == (1, 5):
                 os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(self, batches)
+        return take(self, *arguments)
 
-    Stepper.step = step  # type: ignore[method-assign]
+    Stepper.take = step  # type: ignore[method-assign]
     raise SystemExit(main([*words]))
 
 

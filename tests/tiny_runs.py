@@ -1,5 +1,6 @@
 """Tiny configurations, images and an encoder for tests of whole runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from spark_me import register_encoder
 from spark_me.config.loading import to_yaml
 from spark_me.config.tasks import AnyConfig, PretrainConfig
 from spark_me.config.training import RunConfig
+from spark_me.data.datasets import Batch
+from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState, checkpoint_of, list_checkpoints, read_checkpoint
 from spark_me.train.logs import read_metrics
 from spark_me.train.run_directory import RunDirectory
+from spark_me.train.step import Stepper
 
 CONFIG = """
 model: {{encoder: {encoder}, backend: native, image_size: [{height}, 64], decoder_width: 32, drop_path: 0.1}}
@@ -60,6 +64,17 @@ def run_directory(folder: Path) -> RunDirectory:
 def content_of(state: TrainState, config: AnyConfig, **options: Any) -> dict[str, Any]:
     """A checkpoint's content, of a run of this configuration."""
     return checkpoint_of(state, config=to_yaml(config), batch_size=config.train.batch_size, **options)
+
+
+def take_step(stepper: Stepper, batches: Sequence[Batch]) -> dict[str, float]:
+    """Take a step and wait for it, as at the end of an epoch."""
+    prepared = stepper.prepare(batches)
+    (targets,) = distributed.all_reduce(prepared.targets)
+    taken = stepper.take(prepared, targets)
+    own, norm = taken.values.read()
+    (loss,) = distributed.all_reduce(own)
+    stepper.require_finite(taken, loss, norm)
+    return {"loss": loss, "gradient_norm": norm}
 
 
 def write_images(folder: Path, number: int = 10) -> Path:

@@ -12,13 +12,14 @@ from spark_me.data.reading import Encoded, Item, Items, Picture, read_image
 from spark_me.data.sampler import CROP, seed_of
 from spark_me.data.transforms import Crop, LabelledTransform
 from spark_me.data.unreadable import UnreadableImage
+from spark_me.masking import draw_visible_of_samples
 
 
 class Sample(NamedTuple):
     """One image and what went wrong on the way to it."""
 
     image: Tensor | None
-    """float32 [C, H, W]; None where no readable image was found."""
+    """As of `Crop`; None where no readable image was found."""
     sample_index: int
     """Which sample of the epoch it is."""
     unreadable: list[tuple[str, str]]
@@ -27,13 +28,15 @@ class Sample(NamedTuple):
     """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
     label: int | None = None
     """The image's class; None where there are none."""
+    visible: Tensor | None = None
+    """bool [fh, fw], the patches that are not hidden; None where no mask is drawn."""
 
 
 class Batch(NamedTuple):
     """What a step is computed from."""
 
     images: Tensor
-    """float32 [B, C, H, W]; empty when no sample was readable."""
+    """float32 [B, C, H, W], or uint8 for `Normalise`; empty when no sample was readable."""
     indices: list[int]
     """B sample indices."""
     unreadable: list[tuple[str, str]]
@@ -42,28 +45,46 @@ class Batch(NamedTuple):
     """bool [B, fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
     labels: Tensor | None = None
     """int64 [B], the images' classes; None where there are none."""
+    visible: Tensor | None = None
+    """bool [B, fh, fw], the patches that are not hidden; None where no masks are drawn."""
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Stack the samples that have an image; gather what could not be read."""
     unreadable = [record for sample in samples for record in sample.unreadable]
     images = {sample.sample_index: sample.image for sample in samples if sample.image is not None}
-    masks = [sample.valid for sample in samples if sample.valid is not None]
+    valid = [sample.valid for sample in samples if sample.valid is not None]
+    masks = [sample.visible for sample in samples if sample.visible is not None]
     labels = [sample.label for sample in samples if sample.image is not None and sample.label is not None]
     return Batch(
         torch.stack(list(images.values())) if images else torch.empty(0),
         list(images),
         unreadable,
-        torch.stack(masks) if masks else None,
+        torch.stack(valid) if valid else None,
         torch.tensor(labels) if labels else None,
+        torch.stack(masks) if masks else None,
     )
+
+
+class Masks(NamedTuple):
+    """What masks are drawn for."""
+
+    grid: tuple[int, int]
+    """(fh, fw)"""
+    mask_ratio: float
 
 
 class Reader:
     """Reads images and draws their crops."""
 
     def __init__(
-        self, transform: Callable[[Picture], Crop], *, seed: int, channels: int = 3, nodata: float | None = None
+        self,
+        transform: Callable[[Picture], Crop],
+        *,
+        seed: int,
+        channels: int = 3,
+        nodata: float | None = None,
+        masks: Masks | None = None,
     ) -> None:
         """
         Args:
@@ -71,11 +92,13 @@ class Reader:
             seed: the run's seed.
             channels: 3 for RGB, 1 for grey, or what the images have.
             nodata: the stored value of pixels without data.
+            masks: which masks are drawn, if any.
         """
         self.transform = transform
         self.seed = seed
         self.channels = channels
         self.nodata = nodata
+        self.masks = masks
 
     def crop(self, item: Item, epoch: int, index: int) -> Crop:
         """What the model sees of an image as sample `index` of `epoch`.
@@ -87,7 +110,12 @@ class Reader:
         # The transforms draw from torch's default CPU generator, which must come out of this as it went in.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(CROP, self.seed, epoch, index))
-            return self.transform(picture)
+            crop = self.transform(picture)
+        if self.masks is None:
+            return crop
+        valid = None if crop.valid is None else crop.valid[None]
+        (visible,) = draw_visible_of_samples(self.seed, epoch, [index], *self.masks, valid)
+        return crop._replace(visible=visible)
 
     def read(self, item: Item) -> Picture:
         """The whole image."""
@@ -125,7 +153,7 @@ class TrainDataset(Dataset[Sample]):
             except UnreadableImage as reason:
                 unreadable.append((str(item), str(reason)))
             else:
-                return Sample(crop.image, index, unreadable, crop.valid)
+                return Sample(crop.image, index, unreadable, crop.valid, visible=crop.visible)
         # More failures than the run accepts: whoever receives these records stops the run.
         return Sample(None, index, unreadable)
 
@@ -158,7 +186,7 @@ class StreamDataset(Dataset[Sample]):
                 failed.add(candidate)
                 unreadable.append((item.name, str(reason)))
             else:
-                return Sample(crop.image, index, unreadable, crop.valid)
+                return Sample(crop.image, index, unreadable, crop.valid, visible=crop.visible)
         return Sample(None, index, unreadable)
 
 

@@ -3,6 +3,7 @@
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from spark_me.data.datasets import (
     HeldOutDataset,
     LabelledTestDataset,
     LabelledTrainDataset,
+    Masks,
     Reader,
     Sample,
     StreamDataset,
@@ -38,6 +40,7 @@ from spark_me.data.transforms import (
     train_transform,
 )
 from spark_me.errors import UserError, shown
+from spark_me.masking import grid_of
 from spark_me.networks import patch_size_of
 
 T = TypeVar("T")
@@ -129,8 +132,9 @@ def _as_it_is(value: T) -> T:
 
 
 def train_reader(data: DataConfig, model: ModelConfig, seed: int) -> Reader:
-    """Draws the crops that a model is pretrained on."""
-    return _reader(train_transform, data, model, seed)
+    """Draws the crops that a model is pretrained on, with their masks."""
+    masks = Masks(grid_of(model.image_size, patch_size_of(model.encoder)), model.mask_ratio)
+    return _reader(partial(train_transform, as_bytes=True), data, model, seed, masks)
 
 
 def held_out_dataset(images: Items, data: DataConfig, model: ModelConfig, seed: int) -> HeldOutDataset:
@@ -138,9 +142,11 @@ def held_out_dataset(images: Items, data: DataConfig, model: ModelConfig, seed: 
     return HeldOutDataset(images, _reader(held_out_transform, data, model, seed))
 
 
-def _reader(transform: Callable[..., Transform], data: DataConfig, model: ModelConfig, seed: int) -> Reader:
+def _reader(
+    transform: Callable[..., Transform], data: DataConfig, model: ModelConfig, seed: int, masks: Masks | None = None
+) -> Reader:
     crop = transform(data, model.image_size, model.in_channels, patch_size_of(model.encoder))
-    return Reader(crop, seed=seed, channels=model.in_channels, nodata=data.nodata)
+    return Reader(crop, seed=seed, channels=model.in_channels, nodata=data.nodata, masks=masks)
 
 
 def labelled_train_reader(data: FinetuneDataConfig, channels: int, seed: int) -> Reader:

@@ -15,6 +15,8 @@ STEP = 4
 """Whatever a training step draws from torch's default generators, for example which branches are dropped."""
 SUBSET = 5
 """Which images of a class are used."""
+INPUTS = 6
+"""How a batch is mixed, before its step."""
 
 
 def seed_of(purpose: int, seed: int, epoch: int, sample: int = 0) -> int:

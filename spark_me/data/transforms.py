@@ -11,6 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 from spark_me.config.data import DataConfig, FinetuneDataConfig, Statistics, statistics_of
 from spark_me.data.reading import Picture
 from spark_me.data.unreadable import UnreadableImage
+from spark_me.devices import copy_to
 from spark_me.masking import MIN_VALID
 
 RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -28,17 +29,28 @@ class Crop(NamedTuple):
     """What the model sees of an image."""
 
     image: Tensor
-    """float32 [C, H, W], normalised; 0 where there is no data."""
+    """float32 [C, H, W], normalised; 0 where there is no data. Or uint8, for `Normalise`."""
     valid: Tensor | None
     """bool [fh, fw], the patches without a nodata pixel; None where nodata is not asked for."""
     without_data: Tensor | None = None
     """bool [H, W], nodata pixels and those they had a part in; None as for `valid`. Batches go without it."""
+    visible: Tensor | None = None
+    """bool [fh, fw], the patches that are not hidden; None where no mask is drawn."""
 
 
 class Transform:
     """Crops, normalises, and finds the patches that have data."""
 
-    def __init__(self, geometry: Callable, data: DataConfig, channels: int, patch_size: int, attempts: int) -> None:
+    def __init__(
+        self,
+        geometry: Callable,
+        data: DataConfig,
+        channels: int,
+        patch_size: int,
+        attempts: int,
+        *,
+        as_bytes: bool = False,
+    ) -> None:
         """
         Args:
             geometry: crops and resizes an image or a tensor [C, H, W].
@@ -46,6 +58,7 @@ class Transform:
             channels: C.
             patch_size: P, the side of the patches that are judged by their data.
             attempts: how often to crop until there is enough data; more than 1 for random crops.
+            as_bytes: leave 8-bit images as uint8, a quarter of the bytes, for `Normalise` to finish.
         """
         mean, std = statistics_of(data, channels)
         self.normalise = v2.Compose(
@@ -56,6 +69,7 @@ class Transform:
         self.nodata = data.nodata is not None
         self.patch_size = patch_size
         self.attempts = attempts
+        self.as_bytes = as_bytes
 
     def __call__(self, picture: Picture) -> Crop:
         """Crop a picture.
@@ -63,6 +77,8 @@ class Transform:
         Raises:
             UnreadableImage: if too few patches of any crop have data, or values overflow.
         """
+        if self.as_bytes and isinstance(picture, Image.Image):
+            return Crop(v2.functional.pil_to_tensor(self.geometry(picture)), None)
         if not self.nodata:
             return Crop(require_moderate(self.normalise(self.geometry(picture)), picture), None)
         assert isinstance(picture, Tensor)  # RGB and grey images are read as tensors, too, where nodata is asked for
@@ -151,7 +167,23 @@ class ShortEdgeCrop:
         return cropped
 
 
-def train_transform(data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32) -> Transform:
+class Normalise:
+    """What a `Transform` leaves to be done of uint8 images, for whole batches on any device."""
+
+    def __init__(self, data: DataConfig, channels: int, device: torch.device) -> None:
+        statistics = (torch.tensor(values).view(-1, 1, 1) for values in statistics_of(data, channels))
+        self.mean, self.std = (copy_to(values, device) for values in statistics)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W], uint8 or normalised already → float32, normalised."""
+        if images.dtype != torch.uint8:
+            return images
+        return images.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+
+
+def train_transform(
+    data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32, *, as_bytes: bool = False
+) -> Transform:
     """Random resized crop and flip, drawn from torch's default generator."""
     crop = v2.RandomResizedCrop(
         list(image_size),
@@ -160,7 +192,7 @@ def train_transform(data: DataConfig, image_size: Sequence[int], channels: int =
         antialias=True,
     )
     geometry = v2.Compose([crop, v2.RandomHorizontalFlip(data.flip)])
-    return Transform(geometry, data, channels, patch_size, ATTEMPTS)
+    return Transform(geometry, data, channels, patch_size, ATTEMPTS, as_bytes=as_bytes)
 
 
 def held_out_transform(

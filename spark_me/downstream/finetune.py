@@ -143,10 +143,11 @@ class Finetuning:
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
         assert batch.labels is not None
-        return Inputs(self.targets.mix(batch.images, batch.labels), targets=len(batch.labels))
+        images, targets = self.targets.mix(batch.images, batch.labels)
+        return Inputs((copy_to(images, self.device), copy_to(targets, self.device)), targets=len(batch.labels))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        images, targets = (copy_to(tensor, self.device) for tensor in tensors)
+        images, targets = tensors
         return self.targets.loss(model(images), targets)
 
     def after_step(self) -> None:

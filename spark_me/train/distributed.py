@@ -148,7 +148,12 @@ def raise_together() -> Iterator[None]:
             raise
         own = error
     if all_reduce(own is not None)[0]:
-        raise shared(all_gather([] if own is None else [own])[0]) from None
+        raise first_of_all(own) from None
+
+
+def first_of_all(own: UserError | None) -> BaseException:
+    """What to raise where some process has an error: the main one reports the first, the others leave silently."""
+    return shared(all_gather([] if own is None else [own])[0])
 
 
 def all_reduce(*values: float) -> tuple[float, ...]:
@@ -231,6 +236,11 @@ def note_unreadable(unreadable: UnreadableFiles, records: list[tuple[str, str]])
         UserError: if there are more than accepted.
     """
     if all_reduce(len(records))[0]:
-        records = all_gather(records)
-        with raise_together():
-            unreadable.add(records)
+        note_gathered(unreadable, records)
+
+
+def note_gathered(unreadable: UnreadableFiles, records: list[tuple[str, str]]) -> None:
+    """The same, where it is known that some process has any."""
+    records = all_gather(records)
+    with raise_together():
+        unreadable.add(records)

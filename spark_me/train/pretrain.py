@@ -13,6 +13,7 @@ from spark_me.data.files import Files, find_files, fingerprint
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader, train_reader
 from spark_me.data.sampler import Share
 from spark_me.data.shards import Shards
+from spark_me.data.transforms import Normalise
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.devices import copy_to
 from spark_me.errors import UserError, printable
@@ -107,6 +108,7 @@ class Pretraining:
         self.micro_batch = split_batch(train.batch_size, distributed.world_size(), train.accumulate)
         self.model = _build_model(config.model, train, seed, device)
         _require_two_values(self.model, train)
+        self.normalise = Normalise(data, config.model.in_channels, device)
         self.held_out = held_out_dataset(files.held_out, data, config.model, seed)
 
     def batches(self, share: Share, most_unreadable: int) -> Iterable[Batch]:
@@ -122,15 +124,14 @@ class Pretraining:
         return [] if isinstance(images, Shards) else [str(images[index % len(images)]) for index in indices]
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
-        model, seed, valid = self.model, self.config.run.seed, batch.valid
-        visible = draw_visible_of_samples(seed, epoch, batch.indices, model.grid, model.mask_ratio, valid)
+        images, visible, valid = self.normalise(copy_to(batch.images, self.device)), batch.visible, batch.valid
+        assert visible is not None  # masks stay on the CPU, where the model wants them
         if valid is None:
-            return Inputs((batch.images, visible), targets=int((~visible).sum()))
-        return Inputs((batch.images, visible, valid), targets=int((valid & ~visible).sum()))
+            return Inputs((images, visible), targets=int((~visible).sum()))
+        return Inputs((images, visible, valid), targets=int((valid & ~visible).sum()))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        images, *masks = tensors  # masks stay on the CPU, where the model wants them
-        return model(copy_to(images, self.device), *masks)
+        return model(*tensors)
 
     def lr_scale(self, name: str) -> float:
         return 1.0

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spark_me.data.datasets import Batch
-from spark_me.data.sampler import STEP, Share, seed_of
+from spark_me.data.sampler import INPUTS, STEP, Share, seed_of
 from spark_me.data.unreadable import UnreadableFiles
+from spark_me.devices import Readback
 from spark_me.errors import UserError, listed
 from spark_me.train import distributed
 from spark_me.train.checkpoint import TrainState
@@ -25,7 +26,7 @@ class Inputs(NamedTuple):
     """A micro-batch, ready for the loss."""
 
     tensors: tuple[Tensor, ...]
-    """On the CPU; what `Task.loss` takes, and brings to its device where it is needed there."""
+    """What `Task.loss` takes, each where it is needed."""
     targets: int
     """How many targets its loss is the mean of, for example hidden patches or labelled images."""
 
@@ -56,7 +57,7 @@ class Task(Protocol):
         """Of samples of an epoch, for messages; empty where images have no names before they are read."""
 
     def inputs(self, batch: Batch, epoch: int) -> Inputs:
-        """What is computed from a micro-batch."""
+        """What is computed from a micro-batch; its images are on their way to the model's device."""
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
         """The mean loss over the targets; `model` is `self.model`, perhaps in a wrapper that shares its gradients."""
@@ -101,12 +102,32 @@ def split_batch(batch_size: int, processes: int, accumulate: int) -> int:
     return batch_size // parts
 
 
-NAMED = 4
-"""Most images of a step that a message names."""
+class Prepared(NamedTuple):
+    """This process's part of a step that is to come."""
+
+    micro_batches: list[Inputs]
+    indices: list[int]
+    """Of the samples in it."""
+
+    @property
+    def targets(self) -> int:
+        """Of all micro-batches."""
+        return sum(one.targets for one in self.micro_batches)
+
+
+class Taken(NamedTuple):
+    """A step that was taken, or that a GPU is still computing."""
+
+    step: int
+    """Steps done with it."""
+    indices: list[int]
+    """Of this process's samples."""
+    values: Readback
+    """This process's share of the loss over all targets, and the norm of the gradient."""
 
 
 class Stepper:
-    """Takes steps; every process takes each together with the others."""
+    """Takes steps; every process takes each together with the others. The host waits for no GPU."""
 
     def __init__(
         self,
@@ -128,37 +149,53 @@ class Stepper:
         if distributed.world_size() > 1:
             # Statistics of synchronised norms are equal on all processes already.
             self.model = DistributedDataParallel(task.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.copies = torch.cuda.Stream(precision.device) if precision.device.type == "cuda" else None
+        """Images travel on it while the step before is computed."""
 
-    def step(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """Take a step on this process's micro-batches; return its values by name.
+    def prepare(self, batches: Sequence[Batch]) -> Prepared:
+        """Bring what the next step is computed from to its device."""
+        step = self.state.step
+        torch.manual_seed(seed_of(INPUTS, self.seed, step, distributed.rank()))
+        with torch.cuda.stream(self.copies):  # of None, does nothing
+            epoch = step // self.task.steps_per_epoch
+            inputs = [self.task.inputs(batch, epoch) for batch in batches if batch.indices]
+        return Prepared(inputs, [index for batch in batches for index in batch.indices])
 
-        Raises:
-            UserError: if the loss or its gradient is not finite; the step is not taken then.
+    def take(self, prepared: Prepared, targets: float) -> Taken:
+        """Take a step.
+
+        Args:
+            prepared: this process's part of it.
+            targets: how many there are in the parts of all processes.
         """
         state, step = self.state, self.state.step
         self.model.train()
         # What is drawn in a step depends on nothing before it: a resumed run draws the same.
         torch.manual_seed(seed_of(STEP, self.seed, step, distributed.rank()))
-        inputs = [self.task.inputs(batch, step // self.task.steps_per_epoch) for batch in batches]
+        self._await_copies(prepared)
         self.schedule.apply(state.optimizer, step)
         state.optimizer.zero_grad()
-        loss = self._backward(inputs)
-        indices = [index for batch in batches for index in batch.indices]
-        self._require_finite("loss", loss, indices)
-        norm = self._update(indices)
+        loss = self._backward(prepared.micro_batches, targets)
+        norm = self._update()
         self.task.after_step()
         state.step += 1
-        return {
-            "loss": loss,
-            "gradient_norm": norm,
-            "lr": self.schedule.lr(step),
-            "weight_decay": self.schedule.decay(step),
-        }
+        return Taken(state.step, prepared.indices, Readback(torch.stack([loss, norm.to(loss)])))
 
-    def _backward(self, inputs: Sequence[Inputs]) -> float:
-        """Leave the gradient of the mean loss over all targets of the whole batch; return that loss."""
-        (targets,) = distributed.all_reduce(sum(one.targets for one in inputs))
-        losses = []
+    def _await_copies(self, prepared: Prepared) -> None:
+        if self.copies is None:
+            return
+        current = torch.cuda.current_stream(self.precision.device)
+        current.wait_stream(self.copies)
+        for tensor in (tensor for one in prepared.micro_batches for tensor in one.tensors if tensor.is_cuda):
+            tensor.record_stream(current)  # or its memory might be given to the next step's images too early
+
+    def _backward(self, inputs: Sequence[Inputs], targets: float) -> Tensor:
+        """Leave the gradient of the mean loss over all targets of the whole batch; return this process's share of it.
+
+        Returns:
+            float64 [].
+        """
+        shares = []
         for number, (tensors, count) in enumerate(inputs, 1):
             with self._exchange_held_back(last=number == len(inputs)):
                 with self.precision.autocast:
@@ -166,9 +203,8 @@ class Stepper:
                 # A share of the whole batch's mean; DistributedDataParallel divides the sum by the processes.
                 share = loss * (count / targets * distributed.world_size())
                 self.precision.scaler.scale(share).backward()
-            losses.append(loss.detach() * (count / targets))
-        (mean,) = distributed.all_reduce(torch.stack(losses).sum(dtype=torch.float64).item())
-        return mean
+            shares.append(loss.detach() * (count / targets))
+        return torch.stack(shares).sum(dtype=torch.float64)
 
     def _exchange_held_back(self, *, last: bool) -> AbstractContextManager:
         """Processes exchange gradients once a step, with its last micro-batch."""
@@ -176,26 +212,37 @@ class Stepper:
             return nullcontext()
         return self.model.no_sync()
 
-    def _update(self, indices: Sequence[int]) -> float:
-        """Clip the gradient and let the optimizer take it; return its norm."""
+    def _update(self) -> Tensor:
+        """Clip the gradient and let the optimizer take it, unless fp16's scaler leaves it out; return its norm, []."""
         scaler, optimizer = self.precision.scaler, self.state.optimizer
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip_norm).item()
-        # A scaler leaves such a step out, and lowers its scale.
-        if not scaler.is_enabled() or scaler.get_scale() < SMALLEST_SCALE:
-            self._require_finite("gradient", norm, indices)
+        norm = torch.nn.utils.clip_grad_norm_(self.task.model.parameters(), self.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         return norm
 
-    def _require_finite(self, what: str, value: float, indices: Sequence[int]) -> None:
-        if not math.isfinite(value):
-            names = distributed.all_gather(self.task.image_names(indices))
-            images = f" (images: {listed(names, NAMED)})" if names else ""
-            raise distributed.shared(
-                UserError(
-                    f"the {what} is {value} at step {self.state.step + 1}{images}; the step was not taken: go on from "
-                    "the last checkpoint by run.resume=ITS_PATH in another run.dir, with a lower learning rate or "
-                    "train.precision=fp32"
-                )
+    def require_finite(self, taken: Taken, loss: float, norm: float) -> None:
+        """Refuse to go on from a step whose loss or gradient is not finite. Every process calls it.
+
+        Raises:
+            UserError: naming the step and its images.
+        """
+        what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient", norm)
+        scaler = self.precision.scaler
+        # A scaler leaves a step out whose gradient is not finite, and lowers its scale.
+        left_out = what == "gradient" and scaler.is_enabled() and scaler.get_scale() >= SMALLEST_SCALE
+        if math.isfinite(value) or left_out:
+            return
+        names = distributed.all_gather(self.task.image_names(taken.indices))
+        images = f" (images: {listed(names, NAMED)})" if names else ""
+        raise distributed.shared(
+            UserError(
+                f"the {what} is {value} at step {taken.step}{images}; nothing was saved since: go on from the last "
+                "checkpoint by run.resume=ITS_PATH in another run.dir, with a lower learning rate or "
+                "train.precision=fp32"
             )
+        )
+
+
+NAMED = 4
+"""Most images of a step that a message names."""

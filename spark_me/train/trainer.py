@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,11 +33,11 @@ from spark_me.train.checkpoint import (
     restore,
     step_of,
 )
-from spark_me.train.distributed import Precision, named_failures, note_unreadable
+from spark_me.train.distributed import Precision, named_failures, note_gathered
 from spark_me.train.logs import RunLog
 from spark_me.train.run_directory import RunDirectory, describe_environment
 from spark_me.train.schedules import build_optimizer, build_schedule
-from spark_me.train.step import Stepper, Task
+from spark_me.train.step import Prepared, Stepper, Taken, Task
 
 ANSWERS = {
     signal.SIGINT: "spark-me: finishing this step, then saving; Ctrl-C again stops at once, without saving",
@@ -208,17 +209,26 @@ class Trainer:
 
     def _take_steps(self, stop: StopRequest) -> bool:
         seed = self.settings.seed
-        stepper = Stepper(self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=self.clip_norm)
+        self.failure: UserError | None = None
+        """What the other processes are to be told of."""
+        self.stepper = Stepper(
+            self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=self.clip_norm
+        )
+        self.taken: deque[tuple[Taken, float]] = deque()
+        """Steps that are not reported yet, with the seconds that their images were waited for."""
         source = iter(self.task.batches(self._share(), self.unreadable.most))
         while self.state.step < self.schedule.steps:
-            if distributed.all_reduce(stop.signal is not None)[0]:
-                self._save()
-                return False
             started = time.perf_counter()
             batches = self._fetch(source)
             data_wait = time.perf_counter() - started
-            values = stepper.step(batches)
-            self._after_step({**values, "data_wait": data_wait, "memory_gib": self._peak_memory()})
+            prepared = self.stepper.prepare(batches)
+            stopping, targets = self._exchange(stop, batches, prepared)
+            if stopping:
+                self._report_all()
+                self._save()
+                return False
+            self.taken.append((self.stepper.take(prepared, targets), data_wait))
+            self._after_step()
         # A run that was killed between its last checkpoint and its pictures gets them when it is started again.
         with distributed.raise_together():
             self._draw()
@@ -237,32 +247,90 @@ class Trainer:
             drop_last=self.data.drop_last,
         )
 
-    def _fetch(self, source: Iterator[Batch]) -> list[Batch]:
-        """This process's micro-batches of the next step."""
-        with distributed.raise_together(), named_failures():
-            self.writer.check()
-            batches = [next(source) for _ in range(self.accumulate)]
-        note_unreadable(self.unreadable, [record for batch in batches for record in batch.unreadable])
-        with distributed.raise_together():
-            if not all(batch.indices for batch in batches):
-                raise UserError(
-                    f"none of the images of step {self.state.step + 1} is readable: run `spark-me data check`"
-                )
-        return batches
+    @contextmanager
+    def _kept_failure(self) -> Iterator[None]:
+        """An error within is told to the other processes in the next exchange."""
+        try:
+            with named_failures():
+                yield
+        except UserError as error:
+            self.failure = self.failure or error
 
-    def _after_step(self, values: dict[str, float]) -> None:
-        step = self.state.step
+    def _fetch(self, source: Iterator[Batch]) -> list[Batch]:
+        """This process's micro-batches of the next step, while a GPU computes the one before."""
+        with self._kept_failure():
+            self.writer.check()
+            return [next(source) for _ in range(self.accumulate)]
+        return []
+
+    def _exchange(self, stop: StopRequest, batches: list[Batch], prepared: Prepared) -> tuple[bool, float]:
+        """The one exchange of a step besides that of gradients; reports the last step that is done.
+
+        Returns:
+            Whether to stop, and how many targets the step has.
+        """
+        # Of a GPU the newest step is still under way.
+        done = len(self.taken) > (self.device.type == "cuda")
+        loss, norm = self.taken[0][0].values.read() if done else (0.0, 0.0)
+        records = [record for batch in batches for record in batch.unreadable]
+        stops, failures, unreadable, empty, targets, loss = distributed.all_reduce(
+            stop.signal is not None,
+            self.failure is not None,
+            len(records),
+            not all(batch.indices for batch in batches),
+            prepared.targets,
+            loss,
+        )
+        if failures:
+            raise distributed.first_of_all(self.failure) from None
+        if unreadable:
+            note_gathered(self.unreadable, records)
+        if empty:
+            what = f"none of the images of step {self.state.step + 1} is readable: run `spark-me data check`"
+            raise distributed.shared(UserError(what))
+        if done:
+            self._report(loss, norm)
+        return stops > 0, targets
+
+    def _report(self, loss: float, norm: float) -> None:
+        """Report the oldest step that is not yet, by its loss over all processes."""
+        taken, data_wait = self.taken.popleft()
+        self.stepper.require_finite(taken, loss, norm)
+        self.loss = loss
+        """Of the last step that was reported."""
+        if self.log is not None:
+            values = {
+                "loss": loss,
+                "gradient_norm": norm,
+                "lr": self.schedule.lr(taken.step - 1),
+                "weight_decay": self.schedule.decay(taken.step - 1),
+                "data_wait": data_wait,
+                "memory_gib": self._peak_memory(),
+            }
+            with self._kept_failure():
+                self.log.step(taken.step, values, self.batch_size)
+
+    def _report_all(self) -> None:
+        """Wait for all steps and report them."""
+        while self.taken:
+            own, norm = self.taken[0][0].values.read()
+            (loss,) = distributed.all_reduce(own)
+            self._report(loss, norm)
         with distributed.raise_together():
-            if self.log is not None:
-                self.log.step(step, values, self.batch_size)
-        every = self.settings.checkpoint_every_steps
+            if self.failure is not None:
+                raise self.failure
+
+    def _after_step(self) -> None:
+        step, every = self.state.step, self.settings.checkpoint_every_steps
         # The last epoch of a run whose length is given in steps may be cut short.
         if step % self.task.steps_per_epoch == 0 or step == self.schedule.steps:
-            self._end_epoch(values["loss"])
+            self._report_all()
+            self._end_epoch()
         elif every is not None and step % every == 0:
+            self._report_all()
             self._save()
 
-    def _end_epoch(self, loss: float) -> None:
+    def _end_epoch(self) -> None:
         settings, last = self.settings, self.state.step == self.schedule.steps
         epoch = math.ceil(self.state.step / self.task.steps_per_epoch)
         # Measured before the checkpoint, or a kill between the two would leave a gap in the curve.
@@ -274,7 +342,7 @@ class Trainer:
             self.state.best = value
         with distributed.raise_together():
             if self.log is not None:
-                self.log.epoch(self.state.step, loss, measured)
+                self.log.epoch(self.state.step, self.loss, measured)
         self._save(best=best)
         with distributed.raise_together():
             if not last and epoch % settings.picture_every_epochs == 0:
