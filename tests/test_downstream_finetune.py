@@ -109,7 +109,13 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(images: Path, tmp_path: Pa
 
 def test_accumulated_micro_batches_draw_the_same_images(images: Path, tmp_path: Path) -> None:
     # Without norms' statistics and draws in between, a step over micro-batches is the step over the batch.
-    plain = ["train.mixup=0", "train.cutmix=0", "model.drop_path=0", "model.encoder=timm/test_convnext", "train.epochs=1"]
+    plain = [
+        "train.mixup=0",
+        "train.cutmix=0",
+        "model.drop_path=0",
+        "model.encoder=timm/test_convnext",
+        "train.epochs=1",
+    ]
     finetune(tiny_config(tmp_path, *plain))
     finetune(tiny_config(tmp_path, *plain, "train.accumulate=2", f"run.dir={tmp_path / 'other'}"))
     first, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("run", "other"))

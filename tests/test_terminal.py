@@ -15,7 +15,9 @@ from spark_me import cli
 from spark_me.engine.build import Progress
 
 REPOSITORY = Path(__file__).parents[1]
-TINY_BENCH = f"bench --encoder {tiny_runs.RESNET} --batch 2 --image-size 64 --mask-ratio 0.5 --decoder-width 32 --device cpu"
+TINY_BENCH = (
+    f"bench --encoder {tiny_runs.RESNET} --batch 2 --image-size 64 --mask-ratio 0.5 --decoder-width 32 --device cpu"
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -77,13 +77,14 @@ def test_a_published_name(config: Path, trained: Path, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.init_from={folder}/resnet18.pth", "model.encoder=resnet34"], "file holds a resnet18, the model is a resnet34"),
+        (
+            ["model.init_from={folder}/resnet18.pth", "model.encoder=resnet34"],
+            "file holds a resnet18, the model is a resnet34",
+        ),
         (["model.init_from=spark_resnet50"], "neither a file nor a published name.*spark_sparse-resnet50_800e_in1k"),
     ],
 )
-def test_weights_that_do_not_fit(
-    config: Path, tmp_path: Path, overrides: list[str], message: str
-) -> None:
+def test_weights_that_do_not_fit(config: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
     run = tmp_path / "run"
     torch.save(get_model("resnet18").state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=message) as caught:

@@ -22,7 +22,9 @@ def live_tensors() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from /proc")
-def test_steps_evaluations_and_checkpoints_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+def test_steps_evaluations_and_checkpoints_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
     config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=EPOCHS)
     report, seen = RunLog.step, []
 

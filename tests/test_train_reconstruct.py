@@ -202,7 +202,9 @@ def test_images_of_shards_are_named(tmp_path: Path, photo: Path, figures: list[F
 
 def test_run_draws_the_same_picture_as_the_command(tmp_path: Path, figures: list[Figure]) -> None:
     images = write_images(tmp_path / "images")
-    config = load_config(write_config(tmp_path / "c.yaml", images, encoder=RESNET), [f"run.dir={tmp_path / 'run'}", "run.seed=5"])
+    config = load_config(
+        write_config(tmp_path / "c.yaml", images, encoder=RESNET), [f"run.dir={tmp_path / 'run'}", "run.seed=5"]
+    )
     pretrain(config)
     run = tmp_path / "run"
     held_out = find_files(config.data).held_out

@@ -18,7 +18,6 @@ from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
 from spark_me.train.pretrain import Pretraining
 from spark_me.train.run_directory import RunDirectory
 
-
 pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 

@@ -59,7 +59,11 @@ def test_encoder_equals_the_libraries_at_all_scales(name, backend, assert_close)
             assert_close(actual, map_, f"scale {scale}")
 
 
-@pytest.mark.parametrize("path", [path for path in WHOLE_MODELS if encoder_of(path) in ("convnext_small", "convnextv2_tiny")], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in WHOLE_MODELS if encoder_of(path) in ("convnext_small", "convnextv2_tiny")],
+    ids=lambda path: path.stem,
+)
 def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close):
     state = random_checkpoint(path)
     name, official = encoder_of(path), path.name.startswith("official")

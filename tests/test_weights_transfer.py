@@ -86,7 +86,9 @@ def test_encoder_equals_torchvision_and_timm_at_all_scales(name, assert_close):
             assert_close(actual, map_, f"scale {scale}")
 
 
-@pytest.mark.parametrize("path", [path for path in WHOLE_MODELS if encoder_of(path) == "resnet50"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in WHOLE_MODELS if encoder_of(path) == "resnet50"], ids=lambda path: path.stem
+)
 def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close):
     state = random_checkpoint(path)
     name, official = encoder_of(path), path.name.startswith("official")
