@@ -78,11 +78,13 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+def shallow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Networks of one block a stage, of their full width: the blocks of a stage are alike."""
     from timm.models import ConvNeXt, dpn, resnet, resnetv2
     from torchvision import models
     from torchvision.models.convnext import CNBlockConfig
+
+    from spark_me.weights.expected import architecture_of
 
     kinds = {models.ResNet: "layers", models.ConvNeXt: "block_setting", models.DenseNet: "block_config"}
     kinds |= {resnet.ResNet: "layers", resnetv2.ResNetV2: "layers", ConvNeXt: "depths", dpn.DPN: "k_sec"}
@@ -97,6 +99,9 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
             full(*call.args, **call.kwargs)
 
         monkeypatch.setattr(kind, "__init__", start)
+    architecture_of.cache_clear()
+    yield
+    architecture_of.cache_clear()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from spark_me.downstream.predict import draw_sheet
 from spark_me.downstream.preprocessing import recipe_preprocessing
 from spark_me.train.logs import quoted
 
-pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn", "shallow")
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e"
 CLASSES = sorted(
@@ -85,9 +86,16 @@ COMMANDS = {
 }
 FUNCTIONS: dict[str, Callable[[str], object]] = {
     "get_model": lambda weights: spark_me.get_model("resnet18", pretrained=weights),
-    "load_weights": lambda weights: spark_me.load_weights(spark_me.get_model("resnet18"), weights),
+    "load_weights": lambda weights: spark_me.load_weights(resnet(), weights),
     "load_classifier": spark_me.load_classifier,
 }
+
+
+@cache
+def resnet() -> torch.nn.Module:
+    return spark_me.get_model("resnet18")
+
+
 ENTRIES = [*COMMANDS, *FUNCTIONS]
 
 
@@ -173,10 +181,9 @@ def test_names_of_files(place: Place, entry: str, capsys: pytest.CaptureFixture[
     assert "damaged" in assert_one_line(place, entry, str(path), capsys)
 
 
-def hostile_contents() -> dict[str, object]:
+def hostile_contents(resnet: dict[str, torch.Tensor]) -> dict[str, object]:
     endless: dict[str, object] = {}
     endless["model"] = endless
-    resnet = spark_me.get_model("resnet18").state_dict()
     ours = {"format": "spark_me.finetune", "format_version": 2, "model": resnet, "classes": CLASSES}
     return {
         "keys of no layout": {f"{ESCAPES}\n{number}": torch.zeros(2) for number in range(40)},
@@ -210,10 +217,10 @@ def hostile_contents() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("what", hostile_contents())
+@pytest.mark.parametrize("what", hostile_contents({}))
 def test_contents_of_files(place: Place, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = place.out / "hostile.pt"
-    torch.save(hostile_contents()[what], path)
+    torch.save(hostile_contents(resnet().state_dict())[what], path)
     of_ours = what.startswith(("a configuration", "images of", "test images", "classes that are none"))
     for entry in ["load_classifier", "predict", "evaluate"] if of_ours else ENTRIES:
         assert "hostile.pt" in assert_one_line(place, entry, str(path), capsys)

@@ -111,7 +111,7 @@ def readme_commands(*starts: str) -> list[str]:
     return [command for command in commands_of(PAGES[0]) if command.startswith(starts)]
 
 
-@pytest.mark.usefixtures("typing")
+@pytest.mark.usefixtures("typing", "shallow")
 def test_pretraining_and_what_comes_after_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def disturbed(checkpoint: Path, words: Sequence[str]) -> None:
         if distributed.rank() == 1:
             if (life, number) == (0, 3):
                 while not checkpoint.exists():
-                    pass
+                    time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             if (life, number) == (1, 5):
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -45,7 +46,7 @@ def launch(*arguments: Any) -> None:
     elastic_launch(LaunchConfig(1, 1, 2, max_restarts=3, start_method="fork", **rendezvous), disturbed)(*arguments)
 
 
-def test_restarts_and_stops_change_nothing(tmp_path: Path) -> None:
+def test_restarts_and_stops_change_nothing(tmp_path: Path, undrawn: None) -> None:
     config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL)
     calm, other = ["pretrain", str(config), f"run.dir={tmp_path / 'calm'}"], tmp_path / "disturbed"
     checkpoint = other / "checkpoints/step_00000002.pt"

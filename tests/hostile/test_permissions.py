@@ -38,7 +38,7 @@ def places() -> Iterator[dict[str, Path]]:
         folder = Path(name)
         folder.chmod(0o755)
         images = tiny_runs.write_images(folder / "images")
-        config = tiny_runs.write_config(folder / "tiny.yaml", images)
+        config = tiny_runs.write_config(folder / "tiny.yaml", images, encoder=tiny_runs.SMALL)
         torch.save(spark_me.get_model("resnet18").state_dict(), folder / "weights.pth")
         (folder / "closed/run/checkpoints").mkdir(parents=True)
         (folder / "closed/stats.json").touch()
