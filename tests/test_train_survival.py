@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from spark_me import cli
 from spark_me.errors import UserError
 from spark_me.train import checkpoint
 from spark_me.train.checkpoint import list_checkpoints, read_checkpoint
-from spark_me.train.logs import RunLog
+from spark_me.train.step import Stepper, Taken
 
 
 @pytest.fixture
@@ -32,17 +33,18 @@ def pretrain(config: Path, run: Path, *overrides: str) -> int:
 
 @pytest.fixture
 def after_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Have something happen once, after a step was reported."""
+    """Have something happen once, after a step was taken."""
 
     def install(at: int, act: Callable[[], object]) -> None:
-        report, done = RunLog.step, []
+        take, done = Stepper.take, []
 
-        def report_then_act(self: RunLog, step: int, values: dict[str, float], images: int) -> None:
-            report(self, step, values, images)
-            if step == at and not done:
+        def take_then_act(self: Stepper, *arguments: Any) -> Taken:
+            taken = take(self, *arguments)
+            if taken.step == at and not done:
                 done.append(act())
+            return taken
 
-        monkeypatch.setattr(RunLog, "step", report_then_act)
+        monkeypatch.setattr(Stepper, "take", take_then_act)
 
     return install
 
