@@ -43,7 +43,7 @@ def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
         ("resnet50", 0.3),
         ("convnextv2_atto", 0.0),
         ("timm/seresnet18", 0.0),
-        ("timm/tf_efficientnet_b0", 0.0),
+        ("timm/test_efficientnet", 0.0),
         ("densenet121", 0.0),
     ],
 )
@@ -250,6 +250,7 @@ def test_decoder_width_that_cannot_be_halved_is_refused():
         spark_me.build_model("resnet18", decoder_width=100)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_residual_branches_start_at_zero_or_open():
     for name, norm in (("resnet18", "bn2"), ("resnet50", "bn3")):
         closed = spark_me.build_model(name, decoder_width=32).encoder.state_dict()

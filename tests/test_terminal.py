@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, columns: int) -> Path:
     folder = tmp_path_factory.mktemp("terminal")
     tiny_runs.write_config(folder / "pretrain.yaml", tiny_runs.write_images(folder / "plain"), encoder=tiny_runs.SMALL)
     tiny_finetune.write_classes(folder / "images")
-    tiny_finetune.write_config(folder, tiny_runs.SMALL)
+    tiny_finetune.write_config(folder)
     return folder
 
 
@@ -125,11 +125,10 @@ def test_build_redraws_its_line(columns: int) -> None:
 
 def share_bytecode(environment: Path) -> None:
     """What Python compiled of the same packages for the environment of the tests: compiling takes half a minute."""
-    for file in Path(sysconfig.get_path("purelib")).rglob("*.pyc"):
-        place = environment / file.relative_to(sys.prefix)
-        if place.parents[1].is_dir() and not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            place.symlink_to(file)
+    for cache in Path(sysconfig.get_path("purelib")).rglob("__pycache__"):
+        place = environment / cache.relative_to(sys.prefix)
+        if place.parent.is_dir() and not place.exists():
+            place.symlink_to(cache)
 
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="no checkout to clone")
@@ -142,8 +141,8 @@ def test_demo_from_a_clean_clone(tmp_path: Path) -> None:
     assert recording.code == 0, recording.raw
     share_bytecode(clone / ".venv")
     short = "ARGS=train.epochs=2 data.repeats=2 model.image_size=[64,64] run.dir=runs/short"
-    # As the newcomer has it: all cores, and no thread for each of several test processes.
-    variables |= {"OMP_NUM_THREADS": str(os.cpu_count())}
+    # As the newcomer has it: all cores, and no thread for each of several test processes; idle ones do not spin.
+    variables |= {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive", "PYTHONDONTWRITEBYTECODE": "1"}
     recording = record_command(["make", "demo", short], 80, folder=clone, variables=variables)
     recording.assert_tidy(80)
     assert recording.code == 0, recording.raw

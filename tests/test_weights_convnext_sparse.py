@@ -34,6 +34,7 @@ def test_convnextv2_tiny_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in spark_me.build_model("convnextv2_tiny").parameters()) == 39_729_619
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", SMALL)
 def test_encoder_equals_the_libraries_at_all_scales(name, backend, assert_close):
     state = random_library_state(name)
@@ -79,6 +80,7 @@ def test_whole_models_reconstruct_as_the_published_code_would(path, assert_close
         assert_close(actual.prediction, reconstruct(published.double().eval(), images, VISIBLE))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("layout", ["official", "mmpretrain", "spark_me"])
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_atto"])
 def test_whole_models_survive_every_layout_bitwise(name, layout):
@@ -89,6 +91,7 @@ def test_whole_models_survive_every_layout_bitwise(name, layout):
     assert_bitwise(other.state_dict(), model.state_dict())
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_atto"])
 def test_bare_sparse_encoders_load_too(name):
     encoder = spark_me.build_model(name).encoder
@@ -101,6 +104,7 @@ def test_bare_sparse_encoders_load_too(name):
     assert_bitwise(again.state_dict(), encoder.state_dict())
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("name", ["convnext_tiny", "convnextv2_atto"])
 def test_pretrained_models_leave_as_dense_networks(name, tmp_path, assert_close):
     model = spark_me.build_model(name, image_size=(64, 64), decoder_width=32)
@@ -112,6 +116,7 @@ def test_pretrained_models_leave_as_dense_networks(name, tmp_path, assert_close)
         assert_close(actual, expected)
 
 
+@pytest.mark.usefixtures("shallow")
 def test_models_of_another_shape_are_refused_and_stay_as_they_are():
     model = spark_me.build_model("convnextv2_atto", decoder_width=32)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

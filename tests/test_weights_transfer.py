@@ -22,21 +22,13 @@ import spark_me
 from spark_me.networks import dense_network
 from spark_me.weights.expected import WeightsError
 
-# Encoder files were published for four of them; the two small ones are random torchvision networks.
-ENCODER_FILES = {encoder_of(path): path for path in LAYOUT_FILES if "timm_style" in path.name}
-DEPTHS = ["resnet18", "resnet50", "resnet200"]
-"""Of torchvision's blocks of both kinds, and timm's; test_weights_canonical.py has the names of all depths."""
 VISIBLE = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[0, 1, 0], [0, 0, 0]]], dtype=torch.bool)
 
 
 def network_of(name, state):
-    """torchvision's network with these weights; it has no ResNet-200 by name."""
+    """torchvision's network with these weights."""
     with torch.device("meta"):
-        network = (
-            torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [3, 24, 36, 3])
-            if name == "resnet200"
-            else torchvision.models.get_model(name)
-        )
+        network = torchvision.models.get_model(name)
     result = network.load_state_dict(state, strict=False, assign=True)
     assert set(result.missing_keys) <= {"fc.weight", "fc.bias"} and not result.unexpected_keys
     return network.eval()
@@ -62,10 +54,10 @@ def images_of(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", DEPTHS)
+@pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_encoder_equals_torchvision_and_timm_at_all_scales(name, assert_close):
-    file = ENCODER_FILES.get(name)
-    state = random_checkpoint(file) if file else random_network(name).state_dict()
+    state = random_network(name).state_dict()
     model = spark_me.build_model(name, image_size=(64, 64), decoder_width=32, backend="native")
     loaded = spark_me.load_weights(model, {"module": state})
     assert loaded.encoder == name and "has no decoder" in " ".join(loaded.notes)
@@ -123,6 +115,7 @@ def test_classifier_files_fill_sparse_and_dense_networks(assert_close):
     assert_close(dense(images), network(images))
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("layout", ["official", "mmpretrain", "spark_me"])
 def test_whole_models_survive_every_layout_bitwise(layout):
     model = spark_me.build_model("resnet18", decoder_width=512)
@@ -207,6 +200,7 @@ class Own(nn.Module):
 OWN = {"own": Own, "timm": lambda: dense_network("timm/regnety_002"), "wide": lambda: dense_network("wide_resnet50_2")}
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("kind", OWN)
 def test_networks_of_no_known_name_load_and_leave_by_their_own_names(kind):
     network = OWN[kind]()
