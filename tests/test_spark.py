@@ -1,5 +1,7 @@
 """The exactness contract: the sparse model equals the masked-dense simulation of the same weights."""
 
+from functools import cache
+
 import pytest
 import torch
 from conftest import names_in_simulation, randomise
@@ -202,11 +204,16 @@ def test_autocast_is_close_to_float64(dtype, backend, visible):
 METHODS = ["forward", "encode", "reconstruct"]
 
 
-@pytest.mark.usefixtures("shallow")
+@cache
+def refusing(encoder, backend):
+    """A model that is refused its input, and stays as it is."""
+    return spark_me.build_model(encoder, image_size=(96, 128), decoder_width=32, backend=backend)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("encoder", ["resnet18", "convnextv2_atto"])
 def test_a_batch_without_images_is_refused(encoder, method, backend):
-    compute = getattr(twins(encoder, torch.float32, backend=backend)[0], method)
+    compute = getattr(refusing(encoder, backend), method)
     images, visible = torch.randn(0, 3, 96, 128), torch.ones(0, 3, 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="a batch needs at least one image"):
         compute(images)
@@ -217,11 +224,10 @@ def test_a_batch_without_images_is_refused(encoder, method, backend):
             compute(images, valid=visible)
 
 
-@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("images", [1, 3])
 def test_an_image_of_which_nothing_is_visible_is_refused(images, method, backend):
-    compute = getattr(twins("resnet18", torch.float32, backend=backend)[0], method)
+    compute = getattr(refusing("resnet18", backend), method)
     visible = torch.ones(images, 3, 4, dtype=torch.bool)
     visible[-1] = False
     with pytest.raises(ValueError, match="every image needs at least one visible patch"):
