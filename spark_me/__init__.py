@@ -68,6 +68,7 @@ def build_model(
     image_size: int | tuple[int, int] = (224, 224),
     in_channels: int = 3,
     mask_ratio: float = 0.6,
+    decoder: str = "unet",
     decoder_width: int = 512,
     drop_path: float | None = None,
     backend: str = "native",
@@ -82,7 +83,8 @@ def build_model(
         image_size: (H, W) in pixels, multiples of the encoder's total stride; a number for a square.
         in_channels: C of the images.
         mask_ratio: share of patches to hide, in (0, 1).
-        decoder_width: channels of the decoder at its deepest scale.
+        decoder: unet, SparK's with skips from all scales; block, FCMAE's, one ConvNeXt V2 block on the deepest map.
+        decoder_width: channels of the decoder at its deepest scale; unet's must be a multiple of the total stride.
         drop_path: stochastic depth; None: of a name its published default, of a network what it has.
         backend: how sparse layers compute.
         init: initial weights, as in the paper's own code (official) or in mmpretrain; they differ in the decoder's
@@ -91,10 +93,11 @@ def build_model(
             thousand steps needs; None: of a name as `init` does, official at zero, of a network as it is.
 
     Raises:
-        UserError: for an unknown encoder or init, a size or ratio that does not fit, no branches that could start at
-            full strength, or a network that cannot become sparse.
+        UserError: for an unknown encoder, decoder or init, a size, ratio or width that does not fit, no branches that
+            could start at full strength, or a network that cannot become sparse.
         EngineError: if MinkowskiEngine is missing.
     """
+    from spark_me.decoder import DECODERS
     from spark_me.drop_path import set_drop_path, start_residuals
     from spark_me.encoder import sparsify
     from spark_me.initial_weights import INITIAL_WEIGHTS
@@ -103,6 +106,8 @@ def build_model(
 
     if init not in INITIAL_WEIGHTS:
         raise UserError(f"init={init}: must be one of {', '.join(INITIAL_WEIGHTS)}")
+    if decoder not in DECODERS:
+        raise UserError(f"decoder={decoder}: must be one of {', '.join(DECODERS)}")
     closed = zero_init_residual
     if isinstance(encoder, str):
         network = dense_network(encoder, in_channels, drop_path=drop_path)
@@ -115,4 +120,5 @@ def build_model(
         name = encoder if isinstance(encoder, str) else type(encoder).__name__
         raise UserError(f"{name} starts no residual branch at zero: leave out zero_init_residual=false")
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return SparK(sparsify(network, in_channels), size, in_channels, mask_ratio, decoder_width, backend, init)
+    sparse_encoder = sparsify(network, in_channels)
+    return SparK(sparse_encoder, size, in_channels, mask_ratio, decoder_width, backend, init, decoder)

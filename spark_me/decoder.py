@@ -1,4 +1,4 @@
-"""The dense hierarchical decoder (paper, section 3.3)."""
+"""From dense maps to pixels: SparK's hierarchical decoder (its paper, section 3.3), and FCMAE's block (2301.00808)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from spark_me import masking
 from spark_me.errors import UserError
 from spark_me.initial_weights import INITIAL_WEIGHTS, InitialWeights
 
@@ -141,7 +142,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From densified features to pixels: one block per factor of two, scale i's map is added before block i.
+    """SparK's UNet: one block per factor of two, scale i's map is added before block i.
 
     Attributes:
         widths: channels that the maps need, deep to shallow; one more than there are blocks.
@@ -187,6 +188,84 @@ class Decoder(nn.Module):
                 continue
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+class GlobalResponseNorm(nn.Module):
+    """Weighs each channel by its response in the whole image, relative to the mean over channels (ConvNeXt V2)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, h, w, C] → the same."""
+        response = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
+        return x + self.weight * (x * (response / (response.mean(dim=-1, keepdim=True) + 1e-6))) + self.bias
+
+
+class ConvNeXtBlock(nn.Module):
+    """ConvNeXt V2's residual block: depthwise 7×7, layer norm, two layers at each position, GELU and GRN between."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.pwconv1 = nn.Linear(channels, 4 * channels)
+        self.grn = GlobalResponseNorm(4 * channels)
+        self.pwconv2 = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] → the same."""
+        branch = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
+        branch = self.pwconv2(self.grn(functional.gelu(self.pwconv1(branch))))
+        return x + branch.permute(0, 3, 1, 2)
+
+
+class ConvNeXtDecoder(nn.Module):
+    """FCMAE's: one block on the deepest map, then a linear layer from each position to its patch's pixels.
+
+    Attributes:
+        widths: channels of the one map that it needs.
+    """
+
+    def __init__(self, width: int, patch_size: int, out_channels: int, init: str = "official") -> None:
+        """
+        Args:
+            width: channels of the block.
+            patch_size: P.
+            out_channels: channels of the images.
+            init: has no say here: convolutions and linear layers start as ConvNeXt's.
+
+        Raises:
+            UserError: if the width is not positive.
+        """
+        super().__init__()
+        if width <= 0:
+            raise UserError(f"model.decoder_width={width} must be positive")
+        self.widths = [width]
+        self.patch_size = patch_size
+        self.block = ConvNeXtBlock(width)
+        self.prediction = nn.Conv2d(width, patch_size**2 * out_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                start_as_convnext(module)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """The densified map [B, width, fh, fw], by itself in a list → normalised pixels [B, C, H, W]."""
+        x = self.prediction(self.block(maps[0]))
+        return masking.unpatchify(x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3]), self.patch_size)
+
+
+def start_as_convnext(layer: nn.Conv2d | nn.Linear) -> None:
+    """Weights of a truncated normal distribution with deviation 0.02, biases zero."""
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+DECODERS: dict[str, type[Decoder] | type[ConvNeXtDecoder]] = {"unet": Decoder, "block": ConvNeXtDecoder}
+"""By the value of `model.decoder`."""
 
 
 class _ReLU6(torch.autograd.Function):

@@ -1,12 +1,52 @@
 """From sparse features to the decoder's dense maps (paper, section 3.3: "densifying")."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from spark_me import sparse
+from spark_me.decoder import start_as_convnext
 from spark_me.sparse import SparseTensor
+
+
+class DensifyScales(nn.ModuleList):
+    """SparK's: every scale that the encoder and the decoder share, each by its own `Densify`."""
+
+    def __init__(
+        self, channels: Sequence[int], widths: Sequence[int], norm: Callable[[int], nn.Module] = sparse.BatchNorm2d
+    ) -> None:
+        """
+        Args:
+            channels: of the encoder's maps, shallow to deep.
+            widths: of the decoder, deep to shallow.
+            norm: from a number of channels, a norm of sparse tensors.
+        """
+        sizes = enumerate(zip(reversed(channels), widths))
+        super().__init__(Densify(*pair, kernel_size=3 if level else 1, norm=norm) for level, pair in sizes)
+
+    def forward(self, features: Sequence[SparseTensor]) -> list[Tensor]:
+        """The encoder's features, shallow to deep → maps [B, width, H/s, W/s], deep to shallow."""
+        return [densify(x) for densify, x in zip(self, reversed(features))]
+
+
+class DensifyDeepest(nn.Module):
+    """FCMAE's: the deepest scale alone, projected where it is visible, then a mask token of the decoder's width."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        """From channels of the encoder's deepest map to the decoder's width."""
+        super().__init__()
+        self.projection = nn.Conv2d(channels, width, 1)
+        self.mask_token = nn.Parameter(torch.empty(1, width, 1, 1))
+        start_as_convnext(self.projection)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, features: Sequence[SparseTensor]) -> list[Tensor]:
+        """The encoder's features, shallow to deep → one map [B, width, fh, fw]."""
+        x = features[-1]
+        rows = functional.linear(x.F, self.projection.weight.flatten(1), self.projection.bias)
+        return [sparse.to_dense(sparse.with_features(x, rows), fill=self.mask_token.flatten())]
 
 
 class Densify(nn.Module):

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from spark_me import masking, sparse
-from spark_me.decoder import Decoder, image_losses, patch_loss
-from spark_me.densify import Densify
+from spark_me.decoder import DECODERS, image_losses, patch_loss
+from spark_me.densify import DensifyDeepest, DensifyScales
 from spark_me.devices import copy_to
 from spark_me.encoder import SparseEncoder
 from spark_me.sparse import Pyramid, SparseTensor
@@ -45,6 +45,7 @@ class SparK(nn.Module):
         decoder_width: int = 512,
         backend: str = "native",
         init: str = "official",
+        decoder: str = "unet",
     ) -> None:
         super().__init__()
         self.patch_size = encoder.total_stride
@@ -53,11 +54,11 @@ class SparK(nn.Module):
         self.backend = backend
         masking.count_visible(self.grid, mask_ratio)  # refuse a ratio that leaves or hides no patch now, not later
         self.encoder = encoder
-        self.decoder = Decoder(decoder_width, self.patch_size, in_channels, init)
-        deep_to_shallow = zip(encoder.channels[::-1], self.decoder.widths)
-        self.densify = nn.ModuleList(
-            Densify(channels, width, kernel_size=3 if level else 1, norm=encoder.densify_norm)
-            for level, (channels, width) in enumerate(deep_to_shallow)
+        self.decoder = DECODERS[decoder](decoder_width, self.patch_size, in_channels, init)
+        self.densify: nn.Module = (
+            DensifyDeepest(encoder.channels[-1], decoder_width)
+            if decoder == "block"
+            else DensifyScales(encoder.channels, self.decoder.widths, encoder.densify_norm)
         )
 
     def forward(self, images: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
@@ -80,9 +81,7 @@ class SparK(nn.Module):
 
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W], computed from the visible patches alone."""
-        features = self._encode(images, visible)
-        maps = [densify(x) for densify, x in zip(self.densify, reversed(features))]
-        return self.decoder(maps)
+        return self.decoder(self.densify(self._encode(images, visible)))
 
     def encode(self, images: Tensor, visible: Tensor | None = None) -> list[Tensor]:
         """Dense feature maps [B, C_i, H/s_i, W/s_i], shallow to deep, zero at empty sites; all visible when None."""

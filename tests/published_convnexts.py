@@ -43,7 +43,7 @@ class PublishedConvNeXt(nn.Module):
         for a, b in zip(widths, widths[1:]):
             self.downsample_layers.append(nn.Sequential(_layer_norm(a), nn.Conv2d(a, b, 2, 2)))
         self.stages = nn.ModuleList(
-            nn.ModuleList(_Block(width, version, names) for _ in range(depth)) for width, depth in zip(widths, depths)
+            nn.ModuleList(Block(width, version, names) for _ in range(depth)) for width, depth in zip(widths, depths)
         )
 
     def forward(self, images: Tensor, visible: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ class PublishedConvNeXt(nn.Module):
         return maps
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     def __init__(self, width: int, version: int, names: str) -> None:
         super().__init__()
         self.names, self.version = NAMES[names], version

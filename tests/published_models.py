@@ -7,7 +7,7 @@ torch itself) shares nothing with `spark_me.weights`.
 from functools import partial
 
 import torch
-from published_convnexts import PublishedConvNeXt
+from published_convnexts import Block, PublishedConvNeXt
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models import resnet
@@ -127,6 +127,36 @@ class MmpretrainSparK(nn.Module):
         maps = _maps(self.backbone, images, visible)
         dense = _densify(maps, visible, self.enc_dec_norms, self.mask_tokens, self.enc_dec_projectors)
         return self.neck.proj(_decode(dense, self.neck.decoder))
+
+
+class FCMAEDecoder(nn.Module):
+    """What ConvNeXt V2's pretraining has beside its encoder, under the names of its state dict."""
+
+    def __init__(self, channels: int, width: int = 512, depth: int = 1, patch: int = 32) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.decoder = nn.ModuleList(Block(width, 2, "official") for _ in range(depth))
+        self.pred = nn.Conv2d(width, patch * patch * 3, 1)
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """The encoder's last map [B, C, fh, fw] → patches [B, fh·fw, P·P·3]: rows, columns, channels."""
+        mask = visible[:, None].to(x.dtype)
+        x = (self.proj(x) * mask + self.mask_token * (1 - mask)).permute(0, 2, 3, 1)
+        for block in self.decoder:
+            x = x + block(x, torch.ones_like(x[..., :1]))
+        return self.pred(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
+
+def fcmae_loss(prediction: Tensor, images: Tensor, visible: Tensor, patch: int = 32) -> Tensor:
+    """With pixels normalised by patch, as FCMAE is trained."""
+    batch, channels, height, width = images.shape
+    blocks = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    targets = torch.einsum("bchpwq->bhwpqc", blocks).reshape(batch, -1, patch * patch * channels)
+    mean, variance = targets.mean(-1, keepdim=True), targets.var(-1, keepdim=True)
+    errors = (prediction - (targets - mean) / (variance + 1e-6).sqrt()).square().mean(-1)
+    hidden = (~visible).flatten(1).to(errors.dtype)
+    return (errors * hidden).sum() / hidden.sum()
 
 
 def reconstruct(model: nn.Module, images: Tensor, visible: Tensor, patch: int = 32) -> Tensor:

@@ -224,9 +224,11 @@ def test_short_dtypes_compute_in_themselves(dtype):
     assert seen == {getattr(torch, dtype)}
 
 
+@pytest.mark.parametrize("decoder", ["unet", "block"])
 @pytest.mark.parametrize("encoder", ["resnet18", *CONVNEXTS])
-def test_dense_step_is_the_simulation_with_everything_visible(encoder):
-    dense, masked = DenseSparK(encoder, 32).double(), MaskedDenseSparK(headless(encoder), decoder_width=32).double()
+def test_dense_step_is_the_simulation_with_everything_visible(encoder, decoder):
+    dense = DenseSparK(encoder, 32, decoder).double()
+    masked = MaskedDenseSparK(headless(encoder), decoder_width=32, decoder=decoder).double()
     randomise(masked)
     state = {name.replace("encoder.network.", "encoder."): value for name, value in masked.state_dict().items()}
     dense.load_state_dict({name: value for name, value in state.items() if not name.endswith("mask_token")})

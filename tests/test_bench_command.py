@@ -37,6 +37,17 @@ def test_command_compares_a_convnext_with_all_backends(capsys):
     assert all(printed.count(f"\n{backend} ") == 4 for backend in ("masked_dense", "dense"))
 
 
+def test_command_compares_steps_with_the_block_decoder(capsys, tmp_path):
+    target = tmp_path / "bench.json"
+    assert run(f"{TINY_ARGUMENTS} {QUICK} --scope step --decoder block", "--json", str(target)) == 0
+    content = json.loads(target.read_text())
+    assert content["case"]["decoder"] == "block"
+    assert {row["backend"] for row in content["scopes"][0]["rows"]} == {"native", "minkowski", "masked_dense", "dense"}
+    assert "\nstep with block decoder, forward + backward\n" in capsys.readouterr().out
+    assert run("bench --table", str(target)) == 0
+    assert "| resnet18 with block decoder | float32 |" in capsys.readouterr().out
+
+
 def test_command_sweeps(capsys, tmp_path):
     table, plot = tmp_path / "sweep.json", tmp_path / "sweep.png"
     outputs = ["--json", str(table), "--plot", str(plot)]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spark_me import cli, sparse
+from spark_me import cli, decoder, sparse
 from spark_me.config.loading import differing_keys, load_config, parse_config, to_yaml
-from spark_me.config.tasks import BACKENDS, FREE_KEYS, FinetuneConfig, PretrainConfig
+from spark_me.config.tasks import BACKENDS, DECODERS, FREE_KEYS, FinetuneConfig, PretrainConfig
 from spark_me.config.training import LambConfig
 from spark_me.errors import UserError
 
@@ -118,7 +118,9 @@ def test_wrong_type_names_the_key(write: Write, override: str, key: str) -> None
         "model.image_size=[64,65568]",
         "model.encoder=resnet19",
         "model.backend=dense",
+        "model.decoder=linear",
         "model.decoder_width=20",
+        "model.decoder_width=0",
         "model.in_channels=0",
         "model.drop_path=1.0",
         "data.kind=zip",
@@ -361,8 +363,16 @@ def test_differing_keys_leave_out_what_does_not_decide_the_result() -> None:
     assert differing_keys(old, new) == ["model.encoder: resnet50 → resnet18", "optim.base_lr: 0.0002 → 0.5"]
 
 
+def test_block_decoder_takes_any_width(write: Write) -> None:
+    config = load_config(write("c.yaml", "data: {root: a}"), ["model.decoder=block", "model.decoder_width=20"])
+    assert (config.model.decoder, config.model.decoder_width) == ("block", 20)
+    with pytest.raises(UserError, match="model.decoder_width"):
+        load_config(write("c.yaml", "data: {root: a}"), ["model.decoder=block", "model.decoder_width=0"])
+
+
 def test_names_that_the_schema_repeats_are_right() -> None:
     assert sparse.BACKENDS == BACKENDS
+    assert tuple(decoder.DECODERS) == DECODERS
     for key in FREE_KEYS:
         section, name = key.split(".")
         assert any(hasattr(getattr(schema(), section), name) for schema in (PretrainConfig, FinetuneConfig))

@@ -3,9 +3,10 @@ import torch
 from conftest import randomise
 from torch.nn import functional
 
-from spark_me.bench.workloads import plain_decode
-from spark_me.decoder import Decoder, patch_loss, pays_off, upsample_and_convolve
+from spark_me.bench.workloads import plain_decode, plain_decode_block
+from spark_me.decoder import ConvNeXtDecoder, Decoder, patch_loss, pays_off, upsample_and_convolve
 from spark_me.errors import UserError
+from spark_me.masking import patchify
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (2, 3), (6, 5)])
@@ -51,6 +52,41 @@ def test_decoder_takes_both_paths_and_equals_the_plain_one(assert_close):
         assert_close(ours, reference)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_block_decoder_equals_the_plain_one(channels, assert_close):
+    decoder = randomise(ConvNeXtDecoder(20, 16, channels)).double()
+    x = torch.randn(2, 20, 3, 4, dtype=torch.float64)
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    actual, expected = decoder([mine]), plain_decode_block(decoder, theirs)
+    assert actual.shape == (2, channels, 48, 64)
+    assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    for ours, reference in zip(
+        torch.autograd.grad(actual, [mine, *decoder.parameters()], upstream),
+        torch.autograd.grad(expected, [theirs, *decoder.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(ours, reference)
+
+
+def test_block_decoder_orders_a_patch_as_targets_are():
+    """Its output at a position is the patch itself: rows, columns, channels."""
+    decoder = ConvNeXtDecoder(8, 4, 3)
+    torch.nn.init.zeros_(decoder.prediction.weight)
+    decoder.prediction.bias.data = torch.arange(48.0)
+    patches = patchify(decoder([torch.randn(2, 8, 2, 3)]), 4)
+    assert torch.equal(patches, torch.arange(48.0).expand(2, 6, 48))
+
+
+def test_block_decoder_starts_as_convnext():
+    decoder = ConvNeXtDecoder(64, 16, 3)
+    for layer in (decoder.block.dwconv, decoder.block.pwconv1, decoder.block.pwconv2, decoder.prediction):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=5 / (2 * layer.weight.numel()) ** 0.5)
+        assert not layer.bias.any()
+    assert not decoder.block.grn.weight.any() and not decoder.block.grn.bias.any()
+    assert (decoder.block.norm.weight == 1).all() and not decoder.block.norm.bias.any()
+
+
 def test_patch_loss_is_the_mean_over_hidden_patches():
     prediction, target = torch.zeros(1, 3, 4), torch.tensor([[[1.0] * 4, [2.0] * 4, [3.0] * 4]])
     hidden = torch.tensor([[True, False, True]])
@@ -60,3 +96,4 @@ def test_patch_loss_is_the_mean_over_hidden_patches():
 def test_width_that_cannot_be_halved_is_refused():
     with pytest.raises(UserError, match="decoder_width=48 must be a multiple of 32"):
         Decoder(48, 32, 3)
+    ConvNeXtDecoder(48, 32, 3)

@@ -20,10 +20,11 @@ def buffers(module):
     return {name: b for name, b in module.named_buffers() if not name.endswith("num_batches_tracked")}
 
 
-def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
+def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski", decoder="unet"):
     model = spark_me.build_model(
         name,
         image_size=(96, 128),
+        decoder=decoder,
         decoder_width=32,
         drop_path=drop_path,
         in_channels=in_channels,
@@ -31,7 +32,7 @@ def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
     )
     model = randomise(model).to(dtype)
     network = dense_network(name, in_channels, drop_path=drop_path)
-    oracle = MaskedDenseSparK(trace(network, in_channels), in_channels, decoder_width=32).to(dtype)
+    oracle = MaskedDenseSparK(trace(network, in_channels), in_channels, decoder_width=32, decoder=decoder).to(dtype)
     oracle.load_state_dict({**oracle.state_dict(), **names_in_simulation(model.state_dict())})
     return model, oracle
 
@@ -39,18 +40,20 @@ def twins(name, dtype, drop_path=0.0, in_channels=3, backend="minkowski"):
 # Stochastic depth draws in the same order in ResNets; other libraries' modules draw in their own ways.
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize(
-    "name, drop_path",
+    "name, drop_path, decoder",
     [
-        ("resnet18", 0.3),
-        ("resnet50", 0.3),
-        ("convnextv2_atto", 0.0),
-        ("timm/seresnet18", 0.0),
-        ("timm/test_efficientnet", 0.0),
-        ("densenet121", 0.0),
+        ("resnet18", 0.3, "unet"),
+        ("resnet50", 0.3, "unet"),
+        ("convnextv2_atto", 0.0, "unet"),
+        ("timm/seresnet18", 0.0, "unet"),
+        ("timm/test_efficientnet", 0.0, "unet"),
+        ("densenet121", 0.0, "unet"),
+        ("resnet18", 0.3, "block"),
+        ("convnextv2_atto", 0.0, "block"),
     ],
 )
-def test_loss_gradients_and_statistics_equal_the_simulation(name, drop_path, backend, visible, assert_close):
-    model, oracle = twins(name, torch.float64, drop_path=drop_path, backend=backend)
+def test_loss_gradients_and_statistics_equal_the_simulation(name, drop_path, decoder, backend, visible, assert_close):
+    model, oracle = twins(name, torch.float64, drop_path=drop_path, backend=backend, decoder=decoder)
     images = torch.randn(len(visible), 3, 96, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
     torch.manual_seed(7)  # stochastic depth draws in the same order
@@ -73,18 +76,21 @@ def test_loss_gradients_and_statistics_equal_the_simulation(name, drop_path, bac
 
 
 @pytest.mark.usefixtures("shallow")
-def test_loss_float32(backend, visible, assert_close):
-    model, oracle = twins("resnet18", torch.float32, backend=backend)
+@pytest.mark.parametrize("decoder", ["unet", "block"])
+def test_loss_float32(decoder, backend, visible, assert_close):
+    model, oracle = twins("resnet18", torch.float32, backend=backend, decoder=decoder)
     images = torch.randn(len(visible), 3, 96, 128, generator=torch.Generator().manual_seed(1))
     assert_close(model(images, visible), oracle(images, visible))
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("decoder", ["unet", "block"])
 @pytest.mark.parametrize("in_channels", [1, 4])
-def test_other_channel_counts(in_channels, visible, assert_close):
-    model, oracle = twins("resnet18", torch.float64, in_channels=in_channels)
+def test_other_channel_counts(in_channels, decoder, visible, assert_close):
+    model, oracle = twins("resnet18", torch.float64, in_channels=in_channels, decoder=decoder)
     images = torch.randn(len(visible), in_channels, 96, 128, dtype=torch.float64)
     assert_close(model(images, visible), oracle(images, visible))
+    assert_close(model.predict(images, visible), oracle.predict(images, visible))
 
 
 @pytest.mark.usefixtures("shallow")
@@ -120,8 +126,9 @@ def test_published_parameter_counts(width, parameters):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_hidden_pixels_never_reach_the_prediction(visible):
-    model, _ = twins("resnet18", torch.float32)
+@pytest.mark.parametrize("decoder", ["unet", "block"])
+def test_hidden_pixels_never_reach_the_prediction(decoder, visible):
+    model, _ = twins("resnet18", torch.float32, decoder=decoder)
     images = torch.randn(len(visible), 3, 96, 128)
     hidden = ~visible.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
     disturbed = torch.where(hidden, torch.full_like(images, 1e6), images)
@@ -138,10 +145,11 @@ def test_black_visible_pixels_are_sites(assert_close):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_predicting_nothing_scores_one():
-    model, _ = twins("resnet18", torch.float32)
-    torch.nn.init.zeros_(model.decoder.projection.weight)
-    torch.nn.init.zeros_(model.decoder.projection.bias)
+@pytest.mark.parametrize("decoder, last", [("unet", "projection"), ("block", "prediction")])
+def test_predicting_nothing_scores_one(decoder, last):
+    model, _ = twins("resnet18", torch.float32, decoder=decoder)
+    torch.nn.init.zeros_(model.decoder.get_submodule(last).weight)
+    torch.nn.init.zeros_(model.decoder.get_submodule(last).bias)
     assert model(torch.randn(4, 3, 96, 128)).item() == pytest.approx(1.0, abs=1e-3)
 
 
@@ -173,10 +181,13 @@ def test_reconstruction_is_in_image_units(visible, assert_close):
 
 
 @pytest.mark.usefixtures("shallow")
-def test_two_runs_with_one_seed_are_bitwise_equal(backend):
+@pytest.mark.parametrize("decoder", ["unet", "block"])
+def test_two_runs_with_one_seed_are_bitwise_equal(decoder, backend):
     def run():
         torch.manual_seed(0)
-        model = spark_me.build_model("resnet18", image_size=(64, 96), decoder_width=32, drop_path=0.2, backend=backend)
+        model = spark_me.build_model(
+            "resnet18", image_size=(64, 96), decoder=decoder, decoder_width=32, drop_path=0.2, backend=backend
+        )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for _ in range(3):
             optimizer.zero_grad()
@@ -189,9 +200,10 @@ def test_two_runs_with_one_seed_are_bitwise_equal(backend):
 
 
 @pytest.mark.usefixtures("shallow")
+@pytest.mark.parametrize("decoder", ["unet", "block"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_is_close_to_float64(dtype, backend, visible):
-    model, oracle = twins("resnet18", torch.float32, backend=backend)
+def test_autocast_is_close_to_float64(dtype, decoder, backend, visible):
+    model, oracle = twins("resnet18", torch.float32, backend=backend, decoder=decoder)
     images = torch.randn(len(visible), 3, 96, 128)
     with torch.autocast("cpu", dtype=dtype):
         loss = model(images, visible)
@@ -251,9 +263,32 @@ def test_unknown_encoder_names_the_nearest():
         spark_me.build_model("resnet5")
 
 
-def test_decoder_width_that_cannot_be_halved_is_refused():
+def test_decoders_and_widths_that_do_not_fit_are_refused():
     with pytest.raises(spark_me.UserError, match="multiple of 32"):
         spark_me.build_model("resnet18", decoder_width=100)
+    with pytest.raises(spark_me.UserError, match="decoder_width=0 must be positive"):
+        spark_me.build_model("resnet18", decoder="block", decoder_width=0)
+    with pytest.raises(spark_me.UserError, match="decoder=linear: must be one of unet, block"):
+        spark_me.build_model("resnet18", decoder="linear")
+
+
+def test_the_block_decoder_asks_for_the_deepest_scale_alone():
+    """Beside the encoder there are FCMAE's projection, mask token, block and linear layer, at any width."""
+    for width in (512, 100):
+        model = spark_me.build_model("convnextv2_atto", decoder="block", decoder_width=width)
+        channels, pixels = 320, 32 * 32 * 3
+        block = (
+            49 * width + width + 2 * width + 4 * width * width + 2 * 4 * width + 4 * width + 4 * width * width + width
+        )
+        beside = (channels + 1) * width + width + block + (width + 1) * pixels
+        encoder = sum(p.numel() for p in model.encoder.parameters())
+        assert sum(p.numel() for p in model.parameters()) - encoder == beside
+        assert [tuple(p.shape) for p in model.densify.parameters()] == [
+            (1, width, 1, 1),
+            (width, channels, 1, 1),
+            (width,),
+        ]
+        assert [x.shape[1] for x in model.encode(torch.randn(1, 3, 64, 64))] == [40, 80, 160, 320]  # encode is as ever
 
 
 @pytest.mark.usefixtures("shallow")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import RESNET, SMALL
+from tiny_runs import RESNET, SMALL, assert_equal, newest
 
 from spark_me import cli
 from spark_me.config.loading import load_config
@@ -187,6 +187,27 @@ def test_resume_from_a_named_checkpoint(make_config: MakeConfig, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_block_decoder_from_the_command_line_to_a_picture(
+    make_config: MakeConfig, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run with any width, one that goes on from its middle to the same weights, and a reconstruction by it."""
+    make_config()  # writes the file
+    command = ["pretrain", str(tmp_path / "tiny.yaml"), "model.decoder=block", "model.decoder_width=12"]
+    assert cli.main(command) == 0
+    first = tmp_path / "run" / "checkpoints" / "step_00000002.pt"
+    assert cli.main([*command, f"run.dir={tmp_path / 'other'}", f"run.resume={first}"]) == 0
+    one, other = newest(tmp_path / "run"), newest(tmp_path / "other")
+    assert one["step"] == other["step"] == 4
+    for part in ("model", "optimizer"):
+        assert_equal(other[part], one[part], part)
+    assert not any(name.startswith("densify.0.") for name in weights(tmp_path / "run"))
+    photo, picture = next(images.glob("*.png")), tmp_path / "picture.png"
+    assert cli.main(["reconstruct", str(first), str(photo), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG") and "loss" in capsys.readouterr().out
+    foreign = make_config(f"run.dir={tmp_path / 'third'}", f"run.resume={first}")
+    assert "model.decoder: block → unet; model.decoder_width: 12 → 32" in message_of(foreign)
+
+
 def test_a_named_checkpoint_goes_on_with_another_learning_rate(make_config: MakeConfig, tmp_path: Path) -> None:
     pretrain(make_config())
     last = tmp_path / "run" / "checkpoints" / "step_00000004.pt"

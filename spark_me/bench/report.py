@@ -39,17 +39,24 @@ def format_record(record: Record) -> str:
     if "largest" in record:
         lines += [
             "",
-            f"{record['scope']}, largest batch in {record['gpu_bytes'] / 2**30:.1f} GiB, without an optimizer",
+            f"{_named(record['scope'], record['scope'], case)}, largest batch in "
+            f"{record['gpu_bytes'] / 2**30:.1f} GiB, without an optimizer",
         ]
         return "\n".join([*lines, *_columns(_batch_cells(record))])
     lines.append(f"{first['runs']} interleaved runs after {first['warmup']} for warm-up")
     if "reports" in record:
         return "\n".join([*lines, *_sweep_lines(record)])
     lines.append(f"{record['visible_patches']} of {record['patches']} patches visible")
-    return "\n".join([*lines, *(line for result in record["scopes"] for line in _scope_lines(result))])
+    return "\n".join([*lines, *(line for result in record["scopes"] for line in _scope_lines(case, result))])
 
 
-def _scope_lines(result: Record) -> list[str]:
+def _named(text: str, scope: str, case: Record) -> str:
+    """With the decoder, where it is measured and no UNet."""
+    decoder = case.get("decoder", "unet")  # older files do not say
+    return text if scope == "encoder" or decoder == "unet" else f"{text} with {decoder} decoder"
+
+
+def _scope_lines(case: Record, result: Record) -> list[str]:
     rows = [
         {
             "backend": row["backend"],
@@ -65,7 +72,7 @@ def _scope_lines(result: Record) -> list[str]:
         }
         for row in result["rows"]
     ]
-    lines = ["", f"{result['scope']}, forward + backward", *_columns(rows)]
+    lines = ["", f"{_named(result['scope'], result['scope'], case)}, forward + backward", *_columns(rows)]
     if any(row["baseline"] for row in result["rows"]):
         lines.append("*: the fastest of its backend, which the others are compared with")
     lines += [f"{name}: {reason}" for name, reason in result["left_out"].items()]
@@ -87,7 +94,8 @@ def _sweep_lines(record: Record) -> list[str]:
             | {f"{backend} s": _number(seconds[place], ".4f") for backend, seconds in columns.items()}
             for place, (value, share) in enumerate(zip(record["values"], shares))
         ]
-        lines += ["", f"{scope}, forward + backward, median seconds", *_columns(rows)]
+        title = _named(scope, scope, record["reports"][0]["case"])
+        lines += ["", f"{title}, forward + backward, median seconds", *_columns(rows)]
         if line := record["native_lines"][scope]:
             text = f"native: {line['intercept']:.4f} s + {line['slope']:.4f} s × visible share"
             text += f", at most {line['deviation']:.1%} off it"
@@ -140,7 +148,7 @@ def _markdown(records: Sequence[Record]) -> str:
         rows = []
         for case, result in [(each["case"], result) for each in records for result in each.get("scopes", ())]:
             if result["scope"] == scope:
-                rows += [_time_cells(case, row) for row in fastest_rows(result).values()]
+                rows += [_time_cells(case, scope, row) for row in fastest_rows(result).values()]
                 where = f"{case['encoder']}, {case['dtype']}, {scope}"
                 notes += [f"- {where}, {name}: {reason}" for name, reason in result["left_out"].items()]
         lines += _markdown_table(f"{scope}, forward and backward", rows)
@@ -154,9 +162,9 @@ def _machine(machine: Record) -> str:
     return f"{machine['date'][:10]}, {machine['gpu'] or machine['processor']}; {versions}"
 
 
-def _time_cells(case: Record, row: Record) -> dict[str, str]:
+def _time_cells(case: Record, scope: str, row: Record) -> dict[str, str]:
     return {
-        "encoder": case["encoder"],
+        "encoder": _named(case["encoder"], scope, case),
         "dtype": case["dtype"],
         "batch": str(case["batch"]),
         "backend": row["backend"],
@@ -175,7 +183,7 @@ def _batch_cells(record: Record) -> list[dict[str, str]]:
     simulated = next((each["batch"] for each in largest if each["backend"] == "masked_dense"), 0)
     return [
         {
-            "encoder": case["encoder"],
+            "encoder": _named(case["encoder"], record["scope"], case),
             "scope": record["scope"],
             "dtype": case["dtype"],
             "backend": each["backend"],

@@ -15,7 +15,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 import spark_me
 from spark_me import masking, sparse
-from spark_me.decoder import Decoder
+from spark_me.decoder import DECODERS, ConvNeXtDecoder, Decoder
 from spark_me.dense import strip
 from spark_me.devices import float32_products
 from spark_me.encoder import sparsify
@@ -45,6 +45,7 @@ class Case:
     decoder_width: int = 512
     device: str = "cpu"
     dtype: str = "float32"
+    decoder: str = "unet"
 
     @property
     def patch_size(self) -> int:
@@ -82,7 +83,7 @@ class Case:
             if self.mask_ratio == 0:
                 raise UserError("mask ratio 0 hides no patch to reconstruct: use --scope encoder, or a larger ratio")
             with torch.device("meta"):  # refuses a width that does not fit
-                Decoder(self.decoder_width, self.patch_size, IN_CHANNELS)
+                DECODERS[self.decoder](self.decoder_width, self.patch_size, IN_CHANNELS)
         on_gpu = self.device == "cuda"
         if self.device not in ("cpu", "cuda"):
             raise UserError(f"unknown device {self.device!r}: choose auto, cpu or cuda")
@@ -187,14 +188,15 @@ def step_pass(case: Case, backend: str) -> tuple[nn.Module, Work]:
     """The pretraining step with densify, decoder and loss, forward and backward."""
     model: nn.Module
     if backend == "dense":
-        model = DenseSparK(case.encoder, case.decoder_width)
+        model = DenseSparK(case.encoder, case.decoder_width, case.decoder)
     elif backend == "masked_dense":
-        model = MaskedDenseSparK(headless(case.encoder), decoder_width=case.decoder_width)
+        model = MaskedDenseSparK(headless(case.encoder), decoder_width=case.decoder_width, decoder=case.decoder)
     else:
         model = spark_me.build_model(
             case.encoder,
             image_size=case.image_size,
             mask_ratio=case.mask_ratio,
+            decoder=case.decoder,
             decoder_width=case.decoder_width,
             drop_path=0.0,
             backend=backend,
@@ -275,12 +277,17 @@ class MaskedDenseSparK(nn.Module):
     `encoder.network`.
     """
 
-    def __init__(self, traced: Trace, in_channels: int = IN_CHANNELS, decoder_width: int = 512) -> None:
-        """`traced` becomes the simulation's own; the width is that of the decoder at its deepest scale."""
+    def __init__(
+        self, traced: Trace, in_channels: int = IN_CHANNELS, decoder_width: int = 512, decoder: str = "unet"
+    ) -> None:
+        """`traced` becomes the simulation's own; the decoder is of `DECODERS`, its width that at its deepest scale."""
         super().__init__()
         self.patch_size = traced.strides[-1]
         self.encoder: nn.Module = MaskedDense(traced.network, traced.taps)
-        self.decoder = Decoder(decoder_width, self.patch_size, in_channels)
+        self.decoder = DECODERS[decoder](decoder_width, self.patch_size, in_channels)
+        if decoder == "block":
+            self.densify: Any = MaskedProjection(traced.channels[-1], decoder_width)
+            return
         norm = partial(LayerNorm2d, eps=1e-6) if normalises_by_layer(traced.network) else nn.BatchNorm2d
         self.densify = nn.ModuleList(
             MaskedDensify(width_in, width_out, 3 if level else 1, norm)
@@ -303,21 +310,27 @@ class MaskedDenseSparK(nn.Module):
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W]."""
         features = self.encoder(images, visible)
+        if isinstance(self.decoder, ConvNeXtDecoder):
+            return plain_decode_block(self.decoder, self.densify(features[-1], visible))
         return plain_decode(self.decoder, [f(x, visible) for f, x in zip(self.densify, reversed(features))])
 
 
 class DenseSparK(MaskedDenseSparK):
     """The simulation's decoder and loss on an ordinary dense encoder that sees every patch: the step's baseline."""
 
-    def __init__(self, name: str, decoder_width: int) -> None:
-        super().__init__(headless(name), decoder_width=decoder_width)
+    def __init__(self, name: str, decoder_width: int, decoder: str = "unet") -> None:
+        super().__init__(headless(name), decoder_width=decoder_width, decoder=decoder)
         self.encoder = dense_encoder(name)
-        for densify in self.densify:
-            del densify.mask_token
+        for densify in self.densify.modules():
+            if hasattr(densify, "mask_token"):
+                del densify.mask_token
 
     def predict(self, images: Tensor, visible: Tensor) -> Tensor:
         """Normalised pixels [B, C, H, W]; nothing is hidden."""
-        scales: Any = zip(self.densify, reversed(self.encoder(images)))
+        features = self.encoder(images)
+        if isinstance(self.decoder, ConvNeXtDecoder):
+            return plain_decode_block(self.decoder, self.densify.projection(features[-1]))
+        scales: Any = zip(self.densify, reversed(features))
         return plain_decode(self.decoder, [densify.projection(densify.norm(x)) for densify, x in scales])
 
 
@@ -345,6 +358,20 @@ class MaskedDensify(nn.Module):
         return self.projection(torch.where(mask, normalised, self.mask_token.to(normalised.dtype)))
 
 
+class MaskedProjection(nn.Module):
+    """FCMAE's: a projection, then the mask token at hidden positions."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.projection = nn.Conv2d(channels, width, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """[B, C, fh, fw] → [B, width, fh, fw]."""
+        x = self.projection(x)
+        return torch.where(visible[:, None], x, self.mask_token.to(x.dtype))
+
+
 def plain_decode(decoder: Decoder, maps: Sequence[Tensor]) -> Tensor:
     """The decoder layer by layer, as it is written in the paper: maps deep to shallow → pixels [B, C, H, W]."""
     x = maps[0]
@@ -355,3 +382,24 @@ def plain_decode(decoder: Decoder, maps: Sequence[Tensor]) -> Tensor:
         x = functional.relu6(block.norm1(block.conv1(block.upsample(x))), inplace=True)
         x = block.norm2(block.conv2(x))
     return decoder.projection(x)
+
+
+def plain_decode_block(decoder: ConvNeXtDecoder, x: Tensor) -> Tensor:
+    """FCMAE's decoder on channels first, layer by layer: a map [B, width, fh, fw] → pixels [B, C, H, W]."""
+    block, side = decoder.block, decoder.patch_size
+
+    def at_each(layer: nn.Linear, x: Tensor) -> Tensor:
+        return functional.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+    def of_channels(vector: Tensor) -> Tensor:
+        return vector[:, None, None]
+
+    y = block.dwconv(x)
+    y = y - y.mean(dim=1, keepdim=True)
+    y = y / (y.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+    y = functional.gelu(at_each(block.pwconv1, y * of_channels(block.norm.weight) + of_channels(block.norm.bias)))
+    response = y.square().sum(dim=(2, 3), keepdim=True).sqrt()
+    relative = response / (response.mean(dim=1, keepdim=True) + 1e-6)
+    y = y * (1 + of_channels(block.grn.weight) * relative) + of_channels(block.grn.bias)
+    patches = decoder.prediction(x + at_each(block.pwconv2, y))  # a patch's rows, its columns, channels
+    return functional.pixel_shuffle(patches.unflatten(1, (side**2, -1)).transpose(1, 2).flatten(1, 2), side)

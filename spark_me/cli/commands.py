@@ -19,6 +19,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     add("--batch", type=int, default=8)
     add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
     add("--mask-ratio", type=float, default=0.6, help="share of hidden patches; 0 for the encoder only")
+    add("--decoder", choices=("unet", "block"), default="unet", help="of the whole step; default: unet")
     add("--decoder-width", type=int, default=512)
     add("--backends", nargs="+", default=["native", "minkowski", "masked_dense", "dense"], metavar="NAME",
         help="of native, minkowski, masked_dense, dense; default: all")  # fmt: skip
@@ -61,6 +62,7 @@ def _bench(args: argparse.Namespace) -> None:
         args.decoder_width,
         device_name(args.device),
         args.dtype,
+        args.decoder,
     )
     scope = args.scope or ("encoder" if args.largest_batch or args.sweep else "both")
     names = ("backends", "compiled", "largest_batch", "sweep", "values", "plot", "runs", "warmup", "memory")

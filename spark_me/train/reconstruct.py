@@ -70,6 +70,7 @@ def model_of(config: ModelConfig) -> SparK:
         image_size=(height, width),
         in_channels=config.in_channels,
         mask_ratio=config.mask_ratio,
+        decoder=config.decoder,
         decoder_width=config.decoder_width,
         drop_path=config.drop_path,
         backend=config.backend,

@@ -94,7 +94,7 @@ class Weights:
 
     @property
     def parts(self) -> set[str]:
-        """Which of encoder, neck (from the last map to the classifier), classifier, densify and decoder are there."""
+        """Which of encoder, neck, classifier, densify, decoder and block (see `Architecture.part_of`) are there."""
         return {self.architecture.part_of(name) for name in self.tensors}
 
 

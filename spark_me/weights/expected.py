@@ -1,7 +1,7 @@
 """Which tensors a model holds, names and shapes, and strictness: every one of them is there, and no other.
 
 Names are canonical: of the dense network, `encoder.` before what its maps depend on and `head.` before the rest; beside
-them `densify.` and `decoder.` as in `spark_me.spark.SparK`.
+them `densify.` and `decoder.` as in `spark_me.spark.SparK`. No name of the one kind of decoder is one of the other's.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spark_me.decoder import Decoder
+from spark_me.decoder import ConvNeXtDecoder, Decoder
 from spark_me.errors import UserError, listed, shown
 from spark_me.networks import ENCODERS, OF_TIMM, TIMM, empty_network, list_encoders, makes_classifier
 from spark_me.trace import normalises_by_layer, trace
@@ -25,7 +25,10 @@ SPARK = ("densify.", "decoder.")
 COUNTER = "num_batches_tracked"
 _CLASSES = 1009
 """Of the networks that are asked for shapes: as many channels has no layer, so that a classifier's show."""
-_WIDTHS = ("decoder.blocks.0.conv1.weight", "decoder.blocks.0.norm1.weight")
+_BLOCK = ("densify.projection.", "densify.mask_token", "decoder.block.", "decoder.prediction.")
+"""How they begin of what SparK adds with FCMAE's decoder."""
+_LAST = ("decoder.projection.", "decoder.prediction.")
+_WIDTHS = ("decoder.blocks.0.conv1.weight", "decoder.blocks.0.norm1.weight", "densify.projection.weight")
 """Tensors whose first size is the decoder's width."""
 _WIDTH, _WIDEST = 512, 1 << 16
 
@@ -76,7 +79,11 @@ class Architecture:
         return HEAD + name if beside or name in self.shapes else None
 
     def part_of(self, name: str) -> str:
-        """Of what a canonical name is: encoder, neck (what is between that and the classifier), classifier, …"""
+        """Of what a canonical name is: encoder, neck (what is between that and the classifier), classifier; densify and
+        decoder of the UNet, block of FCMAE's decoder and its mask token.
+        """
+        if name.startswith(_BLOCK):
+            return "block"
         part, _, rest = name.partition(".")
         if part != "head":
             return part
@@ -88,6 +95,7 @@ class Architecture:
         norm = all(len(self.shapes[name]) < 2 for name in neck)
         return {
             "decoder": "decoder with mask tokens",
+            "block": "block decoder with mask token",
             "neck": "final norm" if norm else "layers before the classifier",
             "classifier": "classifier head",
         }
@@ -110,20 +118,35 @@ class Architecture:
         }
         if not self.ends:  # nobody knows better
             expected |= {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(HEAD)}
+        width = next((_first_size(tensors[name]) for name in _WIDTHS if name in tensors), _WIDTH)
         if parts & {"densify", "decoder"}:
-            width = next((_first_size(tensors[name]) for name in _WIDTHS if name in tensors), _WIDTH)
-            expected |= self._spark(width)
+            expected |= self._unet(width)
+        if "block" in parts:
+            expected |= self._block(width)
         return expected
 
-    def _spark(self, width: int) -> dict[str, Shape]:
-        scales: Any = self._network if self._is_sparse else self._traced
-        patch_size, by_layer = scales.strides[-1], normalises_by_layer(self._network)
+    def _unet(self, width: int) -> dict[str, Shape]:
+        scales, by_layer = self._scales, normalises_by_layer(self._network)
+        patch_size = scales.strides[-1]
         possible = 0 < width <= _WIDEST and width % patch_size == 0
         with torch.device("meta"):
             decoder = Decoder(width if possible else _WIDTH, patch_size, self.in_channels)
             levels = enumerate(zip(reversed(scales.channels), decoder.widths))
             densify = nn.ModuleList(_densify(*sizes, 3 if level else 1, by_layer) for level, sizes in levels)
         return shapes_of(nn.ModuleDict({"densify": densify, "decoder": decoder}))
+
+    def _block(self, width: int) -> dict[str, Shape]:
+        width = width if 0 < width <= _WIDEST else _WIDTH
+        with torch.device("meta"):
+            decoder = ConvNeXtDecoder(width, self._scales.strides[-1], self.in_channels)
+            densify = nn.Module()  # with the tensors of `spark_me.densify.DensifyDeepest`, which needs MinkowskiEngine
+            densify.projection = nn.Conv2d(self._scales.channels[-1], width, 1)
+            densify.mask_token = nn.Parameter(torch.empty(1, width, 1, 1))
+        return shapes_of(nn.ModuleDict({"densify": densify, "decoder": decoder}))
+
+    @property
+    def _scales(self) -> Any:
+        return self._network if self._is_sparse else self._traced
 
     @property
     def _is_sparse(self) -> bool:
@@ -302,9 +325,9 @@ def _shape_causes(mismatched: Mapping[str, tuple[Shape, Shape]], architecture: A
         is_image = name == ENCODER + architecture.image_weight
         if is_image and len(found) == 4:
             causes["channels"] = f"another number of image channels (in_channels={found[1]} would fit)"
-        elif is_image or name.startswith("decoder.projection."):
+        elif is_image or (name.startswith(_LAST) and found[:1] != needed[:1]):
             causes.setdefault("channels", "another number of image channels (in_channels)")
-        elif part in ("densify", "decoder"):
+        elif part in ("densify", "decoder", "block"):
             causes["width"] = "another decoder width (decoder_width)"
         elif part == "classifier" and found and needed:
             causes["classes"] = f"a classifier of {found[0]} classes instead of {needed[0]}"

@@ -18,6 +18,7 @@ KERNEL = ".kernel"
 """How the names of MinkowskiEngine's weights end."""
 NETWORK = ("encoder", "neck", "classifier")
 WHOLE = (*NETWORK, "densify", "decoder")
+"""With SparK's decoder."""
 
 
 def _through(name: str | None, tables: Iterable[Rules]) -> str | None:
@@ -191,6 +192,16 @@ _MMPRETRAIN_SPARK: Rules = (
     ("decoder.blocks.{n}.norm{i}.{leaf}", "neck.decoder.{n}.conv_blocks.0.norm{i}.{leaf}"),
     ("decoder.projection.{leaf}", "neck.proj.{leaf}"),
 )
+_FCMAE_SPARK: Rules = (
+    ("densify.projection.{leaf}", "proj.{leaf}"),
+    ("densify.mask_token", "mask_token"),
+    ("decoder.block.dwconv.{leaf}", "decoder.0.dwconv.{leaf}"),
+    ("decoder.block.norm.{leaf}", "decoder.0.norm.{leaf}"),
+    ("decoder.block.pwconv{i}.{leaf}", "decoder.0.pwconv{i}.{leaf}"),
+    ("decoder.block.grn.weight", "decoder.0.grn.gamma"),
+    ("decoder.block.grn.bias", "decoder.0.grn.beta"),
+    ("decoder.prediction.{leaf}", "pred.{leaf}"),
+)
 
 # From each library's names to those of ConvNeXt's own code. In torchvision one list alternates between downsampling
 # and stages.
@@ -297,14 +308,16 @@ def _mmpretrain(family: Family, tables: tuple[Rules, ...]) -> Layout:
     return Layout("mmpretrain", family, tables, spark=_MMPRETRAIN_SPARK, parts=WHOLE, ones=ones, wrapper="state_dict")
 
 
-def _fcmae(prefix: str, foreign: tuple[str, ...]) -> Layout:
+def _fcmae(prefix: str, spark: Rules = (), foreign: tuple[str, ...] = ()) -> Layout:
     """Of the whole model, or its encoder by itself."""
+    ones = _in_blocks(_ONES_OF_FCMAE, prefix) | {f"{prefix}downsample_layers.{s}.1.bias": 1 for s in (1, 2, 3)}
     return Layout(
         "fcmae",
         CONVNEXT_V2,
         (_TIMM, _FCMAE, (("{rest}", prefix + "{rest}"),)),
-        parts=("encoder",),
-        ones=_in_blocks(_ONES_OF_FCMAE, prefix) | {f"{prefix}downsample_layers.{s}.1.bias": 1 for s in (1, 2, 3)},
+        spark=spark,
+        parts=("encoder", "block") if spark else ("encoder",),
+        ones=ones | {"decoder.0.grn.gamma": 3, "decoder.0.grn.beta": 3},
         wrapper="model",
         kernels=True,
         foreign=foreign,
@@ -345,8 +358,9 @@ LAYOUTS: tuple[Layout, ...] = (
         ),
         pickled=True,
     ),
-    _fcmae("encoder.", foreign=("proj.", "mask_token", "decoder.", "pred.")),
-    _fcmae("", foreign=()),
+    _fcmae("encoder.", _FCMAE_SPARK),
+    _fcmae("encoder.", foreign=("proj.", "mask_token", "decoder.", "pred.")),  # of another depth than published
+    _fcmae(""),
     OWN,
     Layout(
         SPARK_ME,
@@ -354,7 +368,7 @@ LAYOUTS: tuple[Layout, ...] = (
         ((("{rest}", "encoder.{rest}"),),),
         head=((("{rest}", "head.{rest}"),),),
         spark=tuple((f"{part}{{rest}}", f"{part}{{rest}}") for part in SPARK),
-        parts=WHOLE,
+        parts=(*WHOLE, "block"),
         wrapper="model",
         version=2,
     ),

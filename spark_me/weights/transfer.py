@@ -32,8 +32,9 @@ class Loaded(NamedTuple):
 def load_weights(model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor]) -> Loaded:
     """Load weights of any known layout into a model; either all of them fit, or the model stays as it is.
 
-    A whole-model file fills a SparK model with decoder and mask tokens; one of the encoder alone leaves those as they
-    are, and says so. The classifier head may be absent on either side, which is said too.
+    A whole-model file fills a SparK model with decoder and mask tokens; one of the encoder alone, or with the other
+    kind of decoder, leaves those as they are, and says so. The classifier head may be absent on either side, which is
+    said too.
 
     Args:
         model: a SparK model, its encoder, or a dense network: `get_model`'s, torchvision's, timm's or one's own.
@@ -71,7 +72,8 @@ def export_weights(model: nn.Module, layout: str = "torchvision") -> dict[str, T
     Args:
         model: a SparK model, its encoder, or a dense network: `get_model`'s, torchvision's, timm's or one's own.
         layout: torchvision, timm, official, mmpretrain, detectron2, fcmae or spark_me. Decoder and mask tokens are left
-            out where the layout has no place for them. "dense", for any encoder: the dense network's own names.
+            out where the layout has no place for them: fcmae has one for the decoder "block", official and mmpretrain
+            for "unet". "dense", for any encoder: the dense network's own names.
 
     Raises:
         UserError: for an unknown layout, one that cannot hold the encoder, or a model that is none of these.
