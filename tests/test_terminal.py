@@ -92,9 +92,9 @@ def test_commands_over_labelled_images_draw_a_bar(folder: Path, finetuning: Reco
     assert bars(evaluated, "evaluating: 100%")
     predicted = typed("predict", weights, images / "val", columns=columns)
     assert bars(predicted, "predicting: 100%")
-    features = typed("features", weights, images / "val", "--stage", 3, "--out", folder / "f.npz", columns=columns)
+    features = typed("features", weights, images / "val", "--out", folder / "f.npz", columns=columns)
     assert bars(features, "features: 100%")
-    options = ("--train", images / "train", "--test", images / "val", "--stage", 3)
+    options = ("--train", images / "train", "--test", images / "val")
     probed = typed("probe", weights, *options, columns=columns)
     assert len(bars(probed, "100%")) == 2
 

@@ -275,7 +275,9 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_stage(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stage", type=int, default=4, help="whose maps are averaged: 1 to 4, the deepest; default 4")
+    parser.add_argument(
+        "--stage", type=int, help="whose maps are averaged, from 1, the shallowest; default: the deepest"
+    )
 
 
 def _add_computing(parser: argparse.ArgumentParser) -> None:

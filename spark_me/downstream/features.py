@@ -17,10 +17,6 @@ from spark_me.downstream.preprocessing import Preprocessing
 from spark_me.errors import UserError, printable
 from spark_me.files import atomic_write, check_output
 
-STAGES = (1, 2, 3, 4)
-"""Scales, shallow to deep: at strides 4, 8, 16 and 32 of most networks."""
-DEEPEST = STAGES[-1]
-
 
 @dataclass(frozen=True)
 class Encoder:
@@ -30,13 +26,13 @@ class Encoder:
         name: of the encoder.
         network: a dense network with `feature_maps`, in evaluation mode.
         preprocessing: how an image is shown to the network.
-        stage: whose maps are taken, 1 to 4.
+        stage: whose maps are taken, from 1, the shallowest: of most networks, those at stride 4.
     """
 
     name: str
     network: nn.Module
     preprocessing: Preprocessing
-    stage: int = DEEPEST
+    stage: int
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -54,7 +50,7 @@ class Encoder:
         return maps.float().mean(dim=(2, 3))
 
 
-def load_encoder(source: str | os.PathLike[str], stage: int = DEEPEST, *, raw: bool = False) -> Encoder:
+def load_encoder(source: str | os.PathLike[str], stage: int | None = None, *, raw: bool = False) -> Encoder:
     """The encoder in a file, ready to extract features. A decoder or classifier in it is left out.
 
     Its images are those that a checkpoint of ours was tested on (pretraining: the largest centred crop, resized), else
@@ -63,21 +59,19 @@ def load_encoder(source: str | os.PathLike[str], stage: int = DEEPEST, *, raw: b
     Args:
         source: a published name (downloaded once), or path or URL of weights of any known layout, of a pretraining or
             of a fine-tuning checkpoint.
-        stage: whose maps are taken, 1 to 4.
+        stage: whose maps are taken, from 1, the shallowest; the deepest when None.
         raw: of a fine-tuning checkpoint, the weights themselves and not their moving average (EMA).
 
     Raises:
         UserError: if the source cannot be read, or there is no such stage.
         WeightsError: if its tensors are not those of a model.
     """
-    if stage not in STAGES:
-        raise UserError(f"stage={stage}: must be one of {', '.join(map(str, STAGES))}")
     file = read_model(source, raw=raw)
     network: Any = file.network(classifier=False)
     scales = len(network.traced.scales)
-    if stage > scales:
-        raise UserError(f"stage={stage}: {file.weights.encoder} has {scales} of them")
-    return Encoder(file.weights.encoder, network, file.preprocessing, stage)
+    if stage is not None and not 1 <= stage <= scales:
+        raise UserError(f"stage={stage}: {file.weights.encoder} has stages 1 to {scales}")
+    return Encoder(file.weights.encoder, network, file.preprocessing, stage or scales)
 
 
 def extract_features(
@@ -109,7 +103,7 @@ def extract_features(
 
 
 def features_of_files(
-    source: str, images: Sequence[Path], out: Path, *, stage: int = DEEPEST, raw: bool = False, **options: Any
+    source: str, images: Sequence[Path], out: Path, *, stage: int | None = None, raw: bool = False, **options: Any
 ) -> int:
     """Write features of image files and of folders of them, and name the unreadable ones at the end.
 
@@ -133,8 +127,7 @@ def features_of_files(
     results = extract_features(encoder, paths, **options)
     names = np.array([str(paths[place]) for place in results.places])
     with atomic_write(out) as file:
-        np.savez(file, features=results.rows.numpy(), paths=names, encoder=encoder.name, stage=stage)
-    print(
-        f"{printable(str(out))}: {len(names)} images, {results.rows.shape[1]} features of {encoder.name}, stage {stage}"
-    )
+        np.savez(file, features=results.rows.numpy(), paths=names, encoder=encoder.name, stage=encoder.stage)
+    what = f"{results.rows.shape[1]} features of {encoder.name}, stage {encoder.stage}"
+    print(f"{printable(str(out))}: {len(names)} images, {what}")
     return report(results.unreadable)

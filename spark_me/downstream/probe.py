@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from spark_me.data.class_folders import Labelled, balanced_part, balanced_places, find_classes
-from spark_me.downstream.features import DEEPEST, Encoder, extract_features, load_encoder
+from spark_me.downstream.features import Encoder, extract_features, load_encoder
 from spark_me.downstream.images import report
 from spark_me.errors import UserError, install_text, listed, shown
 from spark_me.files import check_output, write_json
@@ -148,7 +148,7 @@ def probe(
     fraction: float = 1.0,
     seed: int = 0,
     k: int = 20,
-    stage: int = DEEPEST,
+    stage: int | None = None,
     raw: bool = False,
     json_file: Path | None = None,
     **options: Any,
@@ -181,7 +181,7 @@ def probe(
     _require_all_classes(train_features, classes, train)
     figures = {
         "encoder": encoder.name,
-        "stage": stage,
+        "stage": encoder.stage,
         "features": train_features.rows.shape[1],
         "classes": len(classes),
         "fraction": fraction,
