@@ -1,5 +1,6 @@
-"""Random checkpoints of published keys and shapes (data/checkpoint_layouts, one `key<TAB>shape` a line)."""
+"""Random checkpoints of published keys and shapes (data/checkpoint_layouts: xz, one `key<TAB>shape` a line)."""
 
+import lzma
 import math
 import re
 from functools import cache
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-LAYOUT_FILES = sorted((Path(__file__).parent / "data" / "checkpoint_layouts").glob("*.tsv"))
+LAYOUT_FILES = sorted((Path(__file__).parent / "data" / "checkpoint_layouts").glob("*.tsv.xz"))
 WHOLE_MODELS = [path for path in LAYOUT_FILES if "withdecoder" in path.name or "spark_sparse" in path.name]
 
 
@@ -21,7 +22,8 @@ def is_resnet(layout_file: Path) -> bool:
 
 
 def published_shapes(layout_file: Path) -> dict[str, tuple[int, ...]]:
-    lines = (line.partition("\t") for line in layout_file.read_text().splitlines())
+    with lzma.open(layout_file, "rt") as file:
+        lines = [line.partition("\t") for line in file.read().splitlines()]
     return {key: tuple(int(size) for size in sizes.split("x") if size) for key, _, sizes in lines}
 
 

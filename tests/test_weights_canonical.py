@@ -50,7 +50,7 @@ def test_published_layouts_come_in_and_leave_the_same(path):
     assert weights.encoder == encoder_of(path)
     expected = "mmpretrain" if path.name.startswith("mmpretrain") else "official"
     # the official encoder files of ResNets bear torchvision's names
-    assert weights.layout == ("torchvision" if path.name.endswith("timm_style.tsv") else expected)
+    assert weights.layout == ("torchvision" if path.name.endswith("timm_style.tsv.xz") else expected)
     back, layout, notes = from_canonical(weights, expected)
     assert layout.name == expected and back.keys() == state.keys() and notes == ()
     for key, tensor in back.items():
