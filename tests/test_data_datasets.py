@@ -12,9 +12,10 @@ from spark_me.config.tasks import PretrainConfig
 from spark_me.data.datasets import Batch, HeldOutDataset, Reader, TrainDataset, collate
 from spark_me.data.loaders import held_out_dataset, held_out_loader, train_loader, train_reader
 from spark_me.data.sampler import Share
-from spark_me.data.transforms import held_out_transform, to_displayable, train_transform
+from spark_me.data.transforms import Normalise, held_out_transform, to_displayable, train_transform
 from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
+from spark_me.masking import draw_visible_of_samples
 
 SIZE = (32, 64)
 
@@ -170,3 +171,26 @@ def test_unreadable_files_are_listed_and_limited() -> None:
         unreadable.add([("c.png", "no image")])
     assert "c.png" in written[-1]
     assert reasons.keys() == {"a.png", "b.png", "c.png"}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bytes_normalised_as_a_batch_are_what_crops_are_normalised_to(files: list[Path], channels: int) -> None:
+    data = DataConfig()
+    for path in files[:3]:
+        samples = []
+        for as_bytes in (False, True):
+            transform = train_transform(data, SIZE, channels, as_bytes=as_bytes)
+            samples.append(Reader(transform, seed=0, channels=channels).crop(path, 2, 1).image)
+        floats, raw = samples
+        assert raw.dtype == torch.uint8 and raw.shape == floats.shape
+        normalised = Normalise(data, channels, torch.device("cpu"))(raw[None])[0]
+        torch.testing.assert_close(normalised, floats, rtol=0, atol=1e-6)
+        assert torch.equal(Normalise(data, channels, torch.device("cpu"))(floats[None])[0], floats)
+
+
+def test_a_training_samples_mask_is_that_of_its_epoch_and_index(files: list[Path]) -> None:
+    config = PretrainConfig()
+    config.model.image_size = [224, 160]
+    reader = train_reader(config.data, config.model, seed=7)
+    sample = TrainDataset(files, reader)[(3, 4)]
+    assert torch.equal(sample.visible, draw_visible_of_samples(7, 3, [4], (7, 5), 0.6)[0])

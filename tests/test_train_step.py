@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_runs import SMALL, newest, write_config, write_images
-from torch import Tensor, multiprocessing
+from torch import Tensor, multiprocessing, nn
 
+from spark_me import cli
 from spark_me.config.loading import load_config
 from spark_me.train.checkpoint import list_checkpoints
 from spark_me.train.logs import read_metrics
-from spark_me.train.pretrain import pretrain
+from spark_me.train.pretrain import Pretraining, pretrain
 from spark_me.train.step import Stepper
 
 
@@ -80,3 +81,19 @@ def test_a_step_has_one_exchange(tmp_path: Path) -> None:
     for rank in (0, 1):
         _, *between, _ = (tmp_path / f"said_{rank}").read_text().split("step")
         assert [words.split() for words in between] == [["all_reduce"]] * 3
+
+
+def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL)
+    loss, taken = Pretraining.loss, []
+
+    def nan_in_the_third(self: Pretraining, model: nn.Module, *tensors: Tensor) -> Tensor:
+        taken.append(loss(self, model, *tensors))
+        return taken[-1] * (torch.nan if len(taken) == 3 else 1)
+
+    monkeypatch.setattr(Pretraining, "loss", nan_in_the_third)
+    assert cli.main(["pretrain", str(path), f"run.dir={tmp_path / 'run'}"]) == 2  # a checkpoint every other step
+    assert "the loss is nan at step 3 (images: " in capsys.readouterr().err
+    assert [each.name for each in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step_00000002.pt"]
