@@ -1,6 +1,7 @@
 """Fine-tuning of a dense network as a classifier: `spark-me finetune`. Needs no MinkowskiEngine."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from spark_me.sync_batch_norm import convert_sync_batchnorm
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST, FINETUNE
 from spark_me.train.distributed import device_of_process, note_unreadable
-from spark_me.train.logs import command_text, place_text, quoted, read_metrics, say_start, say_stopped, size_text
+from spark_me.train.logs import command_text, place_text, quoted, read_metrics, say_start, size_text
 from spark_me.train.plots import HELD_OUT_COLOUR, TRAIN_COLOUR, save_figure, smooth
 from spark_me.train.run_directory import RunDirectory
 from spark_me.train.schedules import Schedule, count_steps_per_epoch
@@ -220,7 +221,7 @@ def _average_of(network: nn.Module, decay: float | None) -> AveragedModel | None
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def say_beginning(task: Finetuning, run: RunDirectory, schedule: Schedule, start: str, steps: int) -> None:
+def say_beginning(task: Finetuning, run: RunDirectory, schedule: Schedule, start: str | None, steps: int) -> None:
     """What is trained on what, and from where, with so many steps done."""
     config, images = task.config, task.images
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
@@ -281,15 +282,4 @@ def _finetune(config: FinetuneConfig, run: RunDirectory) -> bool:
         trainer = Trainer(task, run, device)
     resumed_from = trainer.resume()
     start = resumed_from or start_from(config.weights, task.model, config.model)
-    with distributed.raise_together():
-        if distributed.is_main():
-            space = trainer.require_space()
-            say_beginning(task, run, trainer.schedule, start, trainer.state.step)
-            print(space, flush=True)
-    complete = trainer.train()
-    if distributed.is_main():
-        if complete:
-            say_end(task, run)
-        else:
-            say_stopped(run, trainer.state.step)
-    return complete
+    return trainer.run_to_end(partial(say_beginning, task), partial(say_end, task), start)

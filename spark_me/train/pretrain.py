@@ -1,6 +1,7 @@
 """SparK pretraining as a task for the trainer, and `spark-me pretrain`, which puts a run together."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ from spark_me.train.logs import (
     quoted,
     read_metrics,
     say_start,
-    say_stopped,
     size_text,
 )
 from spark_me.train.plots import plot_loss
@@ -268,14 +268,4 @@ def _pretrain(config: PretrainConfig, run: RunDirectory) -> None:
     resumed_from = trainer.resume()
     if resumed_from is None and config.model.init_from is not None:
         load_initial_weights(config.model.init_from, task.model, run)
-    with distributed.raise_together():
-        if distributed.is_main():
-            space = trainer.require_space()
-            say_beginning(task, run, trainer.schedule, resumed_from, trainer.state.step)
-            print(space, flush=True)
-    complete = trainer.train()
-    if distributed.is_main():
-        if complete:
-            say_end(task, run)
-        else:
-            say_stopped(run, trainer.state.step)
+    trainer.run_to_end(partial(say_beginning, task), partial(say_end, task), resumed_from)

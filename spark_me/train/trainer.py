@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,9 +34,9 @@ from spark_me.train.checkpoint import (
     step_of,
 )
 from spark_me.train.distributed import Precision, named_failures, note_gathered
-from spark_me.train.logs import RunLog
+from spark_me.train.logs import RunLog, say_stopped
 from spark_me.train.run_directory import RunDirectory, describe_environment
-from spark_me.train.schedules import build_optimizer, build_schedule
+from spark_me.train.schedules import Schedule, build_optimizer, build_schedule
 from spark_me.train.step import Prepared, Stepper, Taken, Task
 
 ANSWERS = {
@@ -157,6 +157,35 @@ class Trainer:
             writes += left // settings.checkpoint_every_steps
         size = checkpoint_size(self.state, self.task.entries())
         return require_space(self.run.checkpoints, size, keep_last=settings.keep_last, writes=writes)
+
+    def run_to_end(
+        self,
+        say_beginning: Callable[[RunDirectory, Schedule, str | None, int], None],
+        say_end: Callable[[RunDirectory], None],
+        start: str | None,
+    ) -> bool:
+        """Do the steps that are left, and say so; False if a signal asked to stop before the last one.
+
+        Args:
+            say_beginning: gets the directory, the schedule, `start` and the steps done.
+            say_end: gets the directory; called after the last step.
+            start: what is gone on or started from, if there is anything to say of that.
+
+        Raises:
+            UserError: if the checkpoints will not fit on the disk, and as `train`.
+        """
+        with distributed.raise_together():
+            if distributed.is_main():
+                space = self.require_space()
+                say_beginning(self.run, self.schedule, start, self.state.step)
+                print(space, flush=True)
+        complete = self.train()
+        if distributed.is_main():
+            if complete:
+                say_end(self.run)
+            else:
+                say_stopped(self.run, self.state.step)
+        return complete
 
     def train(self) -> bool:
         """Do the steps that are left; False if a signal asked to stop before the last one.
