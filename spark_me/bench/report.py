@@ -9,6 +9,7 @@ from spark_me.bench.sweep import medians_of, shares_of
 from spark_me.bench.timing import Record, fastest_rows
 from spark_me.bench.workloads import Variant
 from spark_me.errors import UserError
+from spark_me.tables import markdown_table, text_table
 
 MISSING = "n/a"
 
@@ -108,11 +109,9 @@ def _sweep_lines(record: Record) -> list[str]:
 
 def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
     """A table for the screen: words flush left, numbers flush right."""
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    sides = ["<" if name in WORDS else ">" for name in rows[0]]
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)) for row in cells]
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+    sides = "".join("<" if name in WORDS else ">" for name in rows[0])
+    header, *lines = text_table([[*rows[0]], *([*row.values()] for row in rows)], sides).split("\n")
+    return [header, "-" * max(map(len, (header, *lines))), *lines]
 
 
 WORDS = ("encoder", "scope", "dtype", "backend", "runs as", "limit")
@@ -199,8 +198,8 @@ def _batch_cells(record: Record) -> list[dict[str, str]]:
 def _markdown_table(title: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     if not rows:
         return []
-    cells = [{**row, "backend": f"`{row['backend']}`"}.values() for row in rows]
-    return ["", f"**{title}**", "", *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *cells])]
+    cells = [[*{**row, "backend": f"`{row['backend']}`"}.values()] for row in rows]
+    return ["", f"**{title}**", "", markdown_table([[*rows[0]], *cells], "<" * len(rows[0]))]
 
 
 def _mode(row: Record) -> str:
