@@ -133,7 +133,7 @@ class OnMeta:
     def __init__(self) -> None:
         self.model = spark_me.build_model("timm/test_resnet", image_size=(96, 128), decoder_width=32).to(META)
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         assert batch.visible is not None
         return Inputs((batch.images, batch.visible), int((~batch.visible).sum()))
 

@@ -43,9 +43,10 @@ class UnevenPretraining(Pretraining):
 
     dtype = torch.float32
     frozen_norms = False
+    epoch = 0
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
-        generators = (torch.Generator().manual_seed(100 * epoch + index) for index in batch.indices)
+    def inputs(self, batch: Batch) -> Inputs:
+        generators = (torch.Generator().manual_seed(100 * self.epoch + index) for index in batch.indices)
         orders = [torch.randperm(4, generator=generator) for generator in generators]
         visible = torch.stack([order <= index % 3 for index, order in zip(batch.indices, orders)]).view(-1, 2, 2)
         return Inputs((self.normalise(batch.images).to(self.dtype), visible), int((~visible).sum()))
@@ -77,7 +78,10 @@ def take_steps(name: str, path: Path, *, alone: bool) -> tuple[list[float], floa
     place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     share = Share(config.train.batch_size, STEPS, config.run.seed, accumulate=config.train.accumulate, **place)
     batches = iter(task.batches(share, 0))
-    losses = [take_step(stepper, [next(batches) for _ in range(config.train.accumulate)])["loss"] for _ in range(STEPS)]
+    losses = []
+    for task.epoch in range(STEPS):  # of one step each
+        micro_batches = [next(batches) for _ in range(config.train.accumulate)]
+        losses.append(take_step(stepper, micro_batches)["loss"])
     weights = {key: value.clone() for key, value in task.model.state_dict().items()}
     task.model.float()
     held_out = task.evaluate(UnreadableFiles({}, 10, 0, print), precision.autocast)["held_out_loss"]

@@ -35,7 +35,7 @@ class Fit:
     def image_names(self, indices: Sequence[int]) -> list[str]:
         return [f"{index}.png" for index in indices]
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         return Inputs((batch.images,), len(batch.indices))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:

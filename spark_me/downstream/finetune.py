@@ -142,7 +142,7 @@ class Finetuning:
         paths = self.images.train.paths
         return [str(paths[index % len(paths)]) for index in indices]
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         assert batch.labels is not None
         images, targets = self.targets.mix(batch.images, batch.labels)
         return Inputs((copy_to(images, self.device), copy_to(targets, self.device)), targets=len(batch.labels))

@@ -123,7 +123,7 @@ class Pretraining:
         images = self.images.train
         return [] if isinstance(images, Shards) else [str(images[index % len(images)]) for index in indices]
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         images, visible, valid = self.normalise(copy_to(batch.images, self.device)), batch.visible, batch.valid
         assert visible is not None  # masks stay on the CPU, where the model wants them
         if valid is None:

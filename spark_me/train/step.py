@@ -56,7 +56,7 @@ class Task(Protocol):
     def image_names(self, indices: Sequence[int]) -> list[str]:
         """Of samples of an epoch, for messages; empty where images have no names before they are read."""
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+    def inputs(self, batch: Batch) -> Inputs:
         """What is computed from a micro-batch; its images are on their way to the model's device."""
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
@@ -154,11 +154,9 @@ class Stepper:
 
     def prepare(self, batches: Sequence[Batch]) -> Prepared:
         """Bring what the next step is computed from to its device."""
-        step = self.state.step
-        torch.manual_seed(seed_of(INPUTS, self.seed, step, distributed.rank()))
+        torch.manual_seed(seed_of(INPUTS, self.seed, self.state.step, distributed.rank()))
         with torch.cuda.stream(self.copies):  # of None, does nothing
-            epoch = step // self.task.steps_per_epoch
-            inputs = [self.task.inputs(batch, epoch) for batch in batches if batch.indices]
+            inputs = [self.task.inputs(batch) for batch in batches if batch.indices]
         return Prepared(inputs, [index for batch in batches for index in batch.indices])
 
     def take(self, prepared: Prepared, targets: float) -> Taken:
