@@ -144,14 +144,15 @@ class OnMeta:
         """Nothing else changes."""
 
 
-def test_a_step_of_the_trainer_waits_for_nothing(visible, monkeypatch):
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_a_step_of_the_trainer_waits_for_nothing(name, visible, monkeypatch):
     monkeypatch.setattr(Neighbours, "pairs", _pairs)
     monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(step, "Readback", list)  # what is on its way back; it is read when it has arrived
     task, scaler = OnMeta(), torch.amp.GradScaler("cpu", enabled=False)
     precision = SimpleNamespace(device=META, autocast=nullcontext(), scaler=scaler)
-    state = TrainState(task.model, build_optimizer(task.model, OptimConfig(name="adamw")), scaler)
+    state = TrainState(task.model, build_optimizer(task.model, OptimConfig(name=name)), scaler)
     schedule = build_schedule(OptimConfig(), TrainConfig(), steps_per_epoch=10)
     stepper = step.Stepper(task, state, schedule, precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
     images = torch.empty(len(visible), 3, 96, 128, device=META)

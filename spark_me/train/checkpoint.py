@@ -292,13 +292,7 @@ def load_model(model: nn.Module, content: dict[str, Any], path: Path) -> None:
 def restore(state: TrainState, content: dict[str, Any], path: Path) -> None:
     """Bring everything that training changes back to where the checkpoint was written."""
     load_model(state.model, content, path)
-    # A run may go on from a named checkpoint with another `optim`: its own options count, not those that were saved.
-    # Rate and decay are set in every step.
-    kept = ("params", "lr", "weight_decay")
-    options = [{key: group[key] for key in group if key not in kept} for group in state.optimizer.param_groups]
-    state.optimizer.load_state_dict(content["optimizer"])
-    for group, own in zip(state.optimizer.param_groups, options):
-        group |= own
+    state.optimizer.load_state_dict(content["optimizer"])  # made by `build_optimizer`, it keeps its own options
     if content["scaler"]:  # empty in precisions without one
         state.scaler.load_state_dict(content["scaler"])
     state.step = content["step"]

@@ -7,12 +7,12 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from timm.optim import Lamb
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from spark_me.config.data import ImagesConfig
 from spark_me.config.loading import ON_THE_LINE, load_config
@@ -22,6 +22,7 @@ from spark_me.data.sampler import steps_of_epoch
 from spark_me.errors import UserError
 from spark_me.files import check_output
 from spark_me.tables import text_table
+from spark_me.train.optimizers import AdamW, Lamb
 from spark_me.train.plots import save_figure
 
 
@@ -30,13 +31,59 @@ def full_rate(name: str) -> float:
     return 1.0
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, lr_scale: Callable[[str], float] = full_rate) -> Optimizer:
-    """LAMB or AdamW over groups; learning rate and weight decay are set by `Schedule.apply` before each step."""
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, lr_scale: Callable[[str], float] = full_rate, *, capturable: bool = False
+) -> Optimizer:
+    """LAMB or AdamW over groups; learning rate and weight decay are set by `Schedule.apply` before each step.
+
+    Args:
+        model: whose parameters are trained, on their device already.
+        optim: which, and its options.
+        lr_scale: parameter's name → its share of the learning rate.
+        capturable: a CUDA graph can hold its step; learning rates and weight decay are tensors.
+    """
     groups = parameter_groups(model, lr_scale)
+    optimizer: Optimizer
     betas = (optim.betas[0], optim.betas[1])
     if optim.name == "lamb":
-        return Lamb(groups, lr=0.0, betas=betas, **asdict(optim.lamb))
-    return AdamW(groups, lr=0.0, betas=betas)
+        optimizer = Lamb(groups, lr=0.0, betas=betas, capturable=capturable, **asdict(optim.lamb))
+    else:
+        # One kernel on GPUs. On the CPU, torch's fused one goes through memory in order whatever the strides: it is
+        # silently wrong where those of a gradient are not its parameter's.
+        on_gpu = all(parameter.is_cuda for parameter in model.parameters())
+        optimizer = AdamW(groups, lr=0.0, betas=betas, capturable=capturable, fused=True if on_gpu else None)
+    if capturable:
+        for group in optimizer.param_groups:
+            # Where there is no decay, it does not change.
+            changing = ("lr", "weight_decay") if group["decayed"] else ("lr",)
+            group |= {key: torch.zeros((), device=group["params"][0].device) for key in changing}
+    optimizer.register_state_dict_post_hook(_make_numbers_plain)
+    optimizer.register_load_state_dict_pre_hook(_keep_options)
+    optimizer.register_load_state_dict_post_hook(_lay_out_averages)
+    return optimizer
+
+
+def _make_numbers_plain(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """A checkpoint does not tell whether a CUDA graph held the step."""
+    for group in saved["param_groups"]:
+        group |= {key: float(group[key]) for key in ("lr", "weight_decay")}
+
+
+def _keep_options(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A run may go on from a checkpoint with another `optim`, or on another device: its own options count.
+
+    Before loading: torch places the counts of steps by the options that it is given.
+    """
+    groups = zip(optimizer.param_groups, saved["param_groups"], strict=True)
+    options = [theirs | {key: own[key] for key in own if key not in ("params", "step")} for own, theirs in groups]
+    return saved | {"param_groups": options}
+
+
+def _lay_out_averages(optimizer: Optimizer) -> None:
+    """In memory as their parameters, which a fused kernel demands; a checkpoint's are as its parameters were."""
+    for parameter, state in optimizer.state.items():
+        for key in state.keys() - {"step"}:
+            state[key] = torch.empty_like(parameter).copy_(state[key])
 
 
 def _decays(module: nn.Module, name: str) -> bool:
@@ -97,8 +144,16 @@ class Schedule:
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set both in an optimizer made by `build_optimizer`."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
-            group["weight_decay"] = self.decay(step) if group["decayed"] else 0.0
+            _set(group, "lr", self.lr(step) * group.get("lr_scale", 1.0))
+            _set(group, "weight_decay", self.decay(step) if group["decayed"] else 0.0)
+
+
+def _set(group: dict[str, Any], key: str, value: float) -> None:
+    """In place where it is a tensor: a CUDA graph reads it from there."""
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
 
 
 def build_schedule(optim: OptimConfig, train: TrainConfig, steps_per_epoch: int) -> Schedule:
