@@ -45,7 +45,7 @@ def upsample_and_convolve(x: Tensor, up_weight: Tensor, up_bias: Tensor, weight:
 
 
 def _compose(up_weight: Tensor, weight: Tensor) -> Tensor:
-    """From the 3×3 inputs around a site to its 2×2 outputs: [(2 2 Cout), Cin, 3, 3]."""
+    """From the 3×3 inputs around a site to its 2×2 outputs: [(2 2 Cout), Cin, 3, 3], channels last as the maps."""
     # One transposed convolution of stride 2 has both effects. Its 6×6 kernel, at t = y − 2i for input i and output y
     # (t from −2): the sum over k of weight[k] · up_weight[t + k].
     products = torch.einsum("imuv,omkl->kliouv", up_weight, weight)  # every tap with every tap, once
@@ -59,7 +59,7 @@ def _compose(up_weight: Tensor, weight: Tensor) -> Tensor:
     # Output 2j + phase takes input j + d through t = phase − 2d, for d = −1, 0, 1. In slices: a list of indices would
     # make the host wait for a GPU.
     kernels = [full[:, :, down::2, across::2].flip(2, 3) for down in (0, 1) for across in (0, 1)]
-    return torch.stack(kernels).transpose(1, 2).flatten(0, 1)
+    return torch.stack([kernel.permute(1, 2, 3, 0) for kernel in kernels]).flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _beyond_border(sides: Sequence[Tensor], up_weight: Tensor, up_bias: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from conftest import randomise
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spark_me.bench.workloads import plain_decode, plain_decode_block
 from spark_me.decoder import ConvNeXtDecoder, Decoder, patch_loss, pays_off, upsample_and_convolve
@@ -97,3 +98,29 @@ def test_width_that_cannot_be_halved_is_refused():
     with pytest.raises(UserError, match="decoder_width=48 must be a multiple of 32"):
         Decoder(48, 32, 3)
     ConvNeXtDecoder(48, 32, 3)
+
+
+class Convolutions(TorchDispatchMode):
+    """Keeps the maps, and the kernels that are no parameters, of all convolutions of maps."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.parameters = {parameter.data_ptr() for parameter in decoder.parameters()}
+        self.maps, self.composed = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution.default and args[0].dim() == 4:
+            self.maps.append(args[0])
+            self.composed += [args[1]] if args[1].data_ptr() not in self.parameters else []
+        return func(*args, **kwargs or {})
+
+
+def test_maps_and_composed_kernels_stay_channels_last():
+    """As convolutions on GPUs want them: in another order, each would be copied again."""
+    decoder = Decoder(64, 16, 3)
+    maps = [torch.randn(18, 64 >> level, 4 << level, 4 << level) for level in range(4)]
+    with Convolutions(decoder) as convolutions:
+        decoder([each.contiguous(memory_format=torch.channels_last) for each in maps])
+    assert (len(convolutions.maps), len(convolutions.composed)) == (10, 3)
+    for tensor in convolutions.maps + convolutions.composed:
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
