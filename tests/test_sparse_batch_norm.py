@@ -17,6 +17,7 @@ from spark_me import sparse
 from spark_me.drop_path import drop_after, residual_ends
 from spark_me.encoder import sparsify
 from spark_me.sparse import norms
+from spark_me.sparse.kernels import batch_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -95,16 +96,26 @@ def test_other_sites_are_refused(in_triton):
         sparse.BatchNorm2d(4)(x, other)
 
 
-def test_synchronised_norms_do_not_take_the_kernels(in_triton, monkeypatch):
+@pytest.mark.parametrize("triton", [False, True])
+def test_norms_synchronise_in_training_with_the_kernels_and_without(triton, monkeypatch):
+    told = []
+
+    def fused(norm, rows, shortcut, scale, relu, *, synchronise):
+        told.append(synchronise)
+        return rows
+
+    monkeypatch.setattr(norms, "computes_in_triton", lambda rows: triton)
+    monkeypatch.setattr(batch_norm, "fused_batch_norm", fused)
+    monkeypatch.setattr(norms, "several_processes", lambda: True)
+    monkeypatch.setattr(norms, "synchronized_batch_norm", lambda rows, norm: rows - 2)
     norm = sparse.convert_sync_batchnorm(nn.Sequential(sparse.BatchNorm2d(4)))[0].to(DEVICE)
-    monkeypatch.setattr("spark_me.sparse.norms.several_processes", lambda: True)
-    monkeypatch.setattr("spark_me.sparse.norms.synchronized_batch_norm", lambda rows, norm: rows - 2)
     x = sparse.to_sparse(torch.ones(6, 4, 12, 16, device=DEVICE), sparse.Pyramid(contract_masks().to(DEVICE), 4))
-    assert torch.equal(norm(x, sparse.with_features(x, 4 * x.F)).F, 3 * x.F)
-    assert not norm(x, relu=True).F.any()
-    assert not in_triton
+    shifted = norm(x, sparse.with_features(x, 4 * x.F)).F, norm(x, relu=True).F
     norm.eval()(x)
-    assert len(in_triton) == 1
+    if triton:
+        assert told == [True, True, False]
+    else:
+        assert torch.equal(shifted[0], 3 * x.F) and not shifted[1].any() and not told
 
 
 def test_importing_the_layers_does_not_import_triton():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import randomise, relative_error
 from kernel_compilation import compile_in_new_process
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from spark_me.sparse.kernels import batch_norm as fused
@@ -210,23 +210,84 @@ def test_the_rows_are_kept_and_the_output_where_it_is_needed(shortcut, relu, wid
     assert sum(x.dim() == 2 for x in kept) == wide
 
 
+SHARES = {2: [1299, 1], 4: [700, 1, 599, 500]}
+"""By number of processes: the rows of each."""
+COLLECTIVES = ("all_gather_into_tensor", "all_reduce")
+
+
+def run_share(rank, shares, mean, relu, folder):
+    """One process's part of a `Case`; its results and the collectives that they took go into a file."""
+    torch.set_num_threads(1)  # OpenMP's threads are not in a fork
+    store = distributed.FileStore(f"{folder}/store", len(shares))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=len(shares))
+    calls = []
+    for name in COLLECTIVES:
+        collective = getattr(distributed, name)
+        setattr(distributed, name, lambda *of, name=name, call=collective: calls.append(name) or call(*of))
+    case = Case(sum(shares), 5, shortcut=True, scale=True, mean=mean)
+    rows, shortcut, scale, upstream = (
+        x.detach().split(shares)[rank] for x in (case.rows, case.shortcut, case.scale, case.upstream)
+    )
+    rows.requires_grad_()
+    out = fused_batch_norm(case.norm, rows, shortcut.requires_grad_(), scale, relu, synchronise=True)
+    out.backward(upstream)
+    gradients = Case._gradients(rows, shortcut, case.norm.weight, case.norm.bias)
+    statistics = (case.norm.running_mean, case.norm.running_var, case.norm.num_batches_tracked)
+    torch.save((out.detach(), gradients, statistics, calls), f"{folder}/{rank}")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="processes on the CPU run the kernels in Triton's interpreter")
+@pytest.mark.parametrize("processes", SHARES)
+@pytest.mark.parametrize("mean, relu", [(1.0, True), (3000.0, False)])
+def test_synchronised_processes_equal_one_and_float64(processes, mean, relu, tmp_path):
+    shares = SHARES[processes]
+    arguments = (shares, mean, relu, str(tmp_path))
+    multiprocessing.start_processes(run_share, arguments, nprocs=processes, start_method="fork")
+    outputs, gradients, statistics, calls = zip(*(torch.load(tmp_path / str(rank)) for rank in range(processes)))
+    case = Case(sum(shares), 5, shortcut=True, scale=True, mean=mean)
+    exact, alone = case.expected(relu), case.run(relu)
+    actual = {
+        "output": torch.cat(outputs),
+        "gradient of rows": torch.cat([each["gradient of rows"] for each in gradients]),
+        "gradient of shortcut": torch.cat([each["gradient of shortcut"] for each in gradients]),
+        "gradient of weight": sum(each["gradient of weight"] for each in gradients),
+        "gradient of bias": sum(each["gradient of bias"] for each in gradients),
+        "running mean": statistics[0][0],
+        "running variance": statistics[0][1],
+    }
+    if mean > 1:  # float32 holds the rows themselves to 1e-4, and their products add that up
+        del actual["gradient of weight"], exact["gradient of weight"], alone["gradient of weight"]
+    for expected in (exact, alone):
+        hide_edge_of_relu(actual, expected)
+        assert_same(actual, expected, TOLERANCE[torch.float32] * (1 if mean == 1 else 10))
+    for of_process in statistics:  # the same bits on all, as nothing brings them together later
+        assert all(torch.equal(one, other) for one, other in zip(of_process, statistics[0], strict=True))
+        assert of_process[2] == 1
+    assert calls == (["all_gather_into_tensor", "all_reduce"],) * processes  # one forward, one backward
+
+
 COMPILATION = """
 import torch
 from torch import nn
 from kernel_compilation import compiled_kernels
-from spark_me.sparse.kernels.batch_norm import fused_batch_norm
+from torch import distributed
+from spark_me.sparse.kernels.batch_norm import _moments_of_processes, fused_batch_norm
 
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
 with compiled_kernels() as kernels:
     for channels in (64, 1):
         rows = torch.randn(100, channels).bfloat16().requires_grad_()
         for followed_by in ((None, None, True), (rows, torch.ones(100), True)):
             fused_batch_norm(nn.BatchNorm1d(channels), rows, *followed_by).sum().backward()
+    _moments_of_processes(torch.ones(3, 3, 64))
 print(*sorted({kernel.metadata.name for kernel in kernels}))
 """
 
 
 def test_the_kernels_compile_for_a_gpu():
-    names = ["gradient_sums_of_parts", "input_gradient", "normalise", "statistics", "statistics_of_parts"]
+    names = ["combine_moments", "gradient_sums_of_parts", "input_gradient", "moments_of_parts", "normalise"]
+    names += ["statistics"]
     assert compile_in_new_process(COMPILATION) == names
 
 

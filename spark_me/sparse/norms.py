@@ -61,13 +61,14 @@ class BatchNorm2d(SparseLayer, nn.BatchNorm2d):
             ValueError: if `shortcut` lives on other sites, or a norm without running statistics sees a single site.
         """
         synchronise = self.synchronised and self.training and several_processes()
-        if not synchronise and computes_in_triton(x.F):
+        if computes_in_triton(x.F):
             from spark_me.sparse.kernels.batch_norm import fused_batch_norm
 
             if shortcut is not None:
                 require_same_sites(x, shortcut)
             scale = None if drop_path is None else drop_path.draw(x)
-            return with_features(x, fused_batch_norm(self, x.F, None if shortcut is None else shortcut.F, scale, relu))
+            added = None if shortcut is None else shortcut.F
+            return with_features(x, fused_batch_norm(self, x.F, added, scale, relu, synchronise=synchronise))
         out = with_features(x, synchronized_batch_norm(x.F, self) if synchronise else self._normalise(x.F))
         if drop_path is not None:
             out = drop_path(out)
