@@ -15,7 +15,7 @@ from spark_me.sparse.kernels.autotune import Choices
 
 
 class Recorder:
-    """Algorithms that note when they run, and a timer that gives each a set time."""
+    """Algorithms that note when they run outside of measuring, and a timer that gives each a set time."""
 
     def __init__(self, milliseconds):
         self.ran = []
@@ -31,9 +31,10 @@ class Recorder:
         return compute
 
     def timer(self, work):
-        before = len(self.ran)
+        self.ran.clear()  # what was checked before
         work()
-        (name,) = self.ran[before:]
+        (name,) = self.ran
+        self.ran.clear()
         self.timed.append(name)
         if self.milliseconds[name] is None:
             raise torch.cuda.OutOfMemoryError
@@ -51,7 +52,7 @@ def test_the_fastest_is_measured_once_for_a_shape():
     for rows in (10, 12, 16):  # counted up to the same power of two
         choices.run("convolution", (1, 3), recorder.algorithms, *inputs(rows))
     assert recorder.timed == ["a 64", "a 128", "b"]
-    assert recorder.ran[3:] == ["a 128"] * 3
+    assert recorder.ran == ["a 128"] * 3
     assert list(choices.measured.values()) == [{"a 64": 3.0, "a 128": 1.0, "b": 2.0}]
 
 
@@ -92,7 +93,7 @@ def test_measuring_is_nothing_that_activation_checkpointing_sees():
         return choices.run("convolution", (), recorder.algorithms, rows, kernel).relu()
 
     checkpoint(block, rows, use_reentrant=False).sum().backward()
-    assert recorder.timed == ["a", "b"] and recorder.ran == ["a", "b", "a", "a"]
+    assert recorder.timed == ["a", "b"] and recorder.ran == ["a", "a"]
     assert kernel.grad is not None
 
 
@@ -100,7 +101,7 @@ def test_a_algorithm_without_room_is_not_chosen():
     recorder = Recorder({"a": None, "b": 5.0})
     choices = Choices(recorder.timer)
     choices.run("convolution", (), recorder.algorithms, *inputs())
-    assert recorder.ran[2:] == ["b"]
+    assert recorder.ran == ["b"]
     assert list(choices.measured.values()) == [{"a": float("inf"), "b": 5.0}]
 
 
@@ -115,12 +116,98 @@ def test_a_algorithm_that_fails_is_not_chosen_and_a_line_says_so(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             choices.run("convolution", (), algorithms, *inputs())
-    assert recorder.ran[2:] == ["a", "a"]
+    assert recorder.ran == ["a", "a"]
     assert [record.message for record in caplog.records] == [
         "broken 64 does not run on this GPU and is left out: ValueError: no such instruction"
     ]
     with pytest.raises(ValueError, match="no such instruction"):  # nothing else to take
         Choices(recorder.timer).run("convolution", (), {"a": fails, "b": fails}, *inputs())
+
+
+class Faulty(torch.autograd.Function):
+    """rows @ kernel, with what a broken kernel might return."""
+
+    @staticmethod
+    def forward(ctx, rows, kernel, out, of_rows, of_kernel):
+        ctx.save_for_backward(rows, kernel)
+        ctx.of_rows, ctx.of_kernel = of_rows, of_kernel
+        return out(rows @ kernel)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, kernel = ctx.saved_tensors
+        return ctx.of_rows(gradient @ kernel.T), ctx.of_kernel(rows.T @ gradient), None, None, None
+
+
+def right(x):
+    return x
+
+
+def without_last_row(x):
+    return torch.cat([x[:-1], torch.zeros_like(x[-1:])])
+
+
+FAULTS = {
+    "zeros": torch.zeros_like,
+    "NaN": lambda x: torch.full_like(x, torch.nan),
+    "one NaN": lambda x: x.index_fill(1, torch.tensor([2]), torch.nan),
+    "half": lambda x: x / 2,
+    "no last row": without_last_row,
+    "infinite": lambda x: x / 0,
+    "uninitialised": lambda x: torch.full_like(x, 3e4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("place", range(3), ids=["output", "gradient of rows", "gradient of the kernel"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_computes_wrongly_is_not_chosen_however_fast(fault, place, dtype, caplog):
+    """Also where the inputs at hand hide it: a weight may start at zero."""
+    wrong = [FAULTS[fault] if place == each else right for each in range(3)]
+    algorithms = {
+        "broken 64": lambda rows, kernel: Faulty.apply(rows, kernel, *wrong),
+        "sound 64": lambda rows, kernel: Faulty.apply(rows, kernel, right, right, right),
+        "reference": torch.matmul,
+    }
+    times = iter([1.0, 2.0])
+    choices = Choices(lambda work: (work(), next(times))[1])
+    rows, kernel = inputs(50, dtype)
+    with torch.no_grad():
+        kernel.zero_()
+    with caplog.at_level(logging.WARNING):
+        choices.run("convolution", (), algorithms, rows, kernel)
+    (measured,) = choices.measured.values()
+    assert measured == {"broken 64": float("inf"), "sound 64": 1.0, "reference": 2.0}
+    what = f"gradient {place}" if place else "output"
+    (message,) = (record.message for record in caplog.records)
+    assert message.startswith(f"broken 64 computes wrongly on this GPU and is left out: its {what} is off by ")
+
+
+def test_the_reference_runs_where_all_else_is_wrong_or_it_has_no_room_to_be_proven():
+    recorder = Recorder({"a": 1.0, "b": 2.0})
+    wrong = {"zeros": lambda rows, kernel: 0 * (rows @ kernel), "b": recorder.algorithms["b"]}
+
+    def timer(work):
+        raise torch.cuda.OutOfMemoryError
+
+    choices = Choices(timer)
+    out = choices.run("convolution", (), wrong, *inputs())
+    assert list(choices.measured.values()) == [{"zeros": float("inf"), "b": float("inf")}]
+    rows, kernel = inputs()
+    assert torch.equal(out, rows @ kernel)
+
+
+def test_the_reference_is_computed_in_float32_without_autocast():
+    dtypes = []
+
+    def reference(rows, kernel):
+        dtypes.append((rows @ kernel).dtype)
+        return rows @ kernel
+
+    with torch.autocast("cpu", torch.bfloat16):
+        choices = Choices(lambda work: (work(), 1.0)[1])
+        choices.run("convolution", (), {"a": torch.matmul, "b": reference}, *inputs(dtype=torch.bfloat16))
+    assert dtypes[0] == torch.float32 and set(dtypes[1:]) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +255,34 @@ def test_the_cpu_runs_kernels_in_the_interpreter_only(monkeypatch):
     assert autotune.kernels_run_on(torch.device("cpu"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_algorithm_of_the_layers_agrees_with_its_reference(dtype, visible, monkeypatch, caplog):
+    """What is measured on a GPU, in Triton's interpreter, whose products of bfloat16 are wrong: none is left out."""
+    choices = Choices(lambda work: (work(), 1.0)[1])
+    monkeypatch.setattr(autotune, "CHOICES", choices)
+    monkeypatch.setattr(autotune, "is_open", lambda rows: True)
+    with caplog.at_level(logging.WARNING):
+        for _, layer, stride in layers():
+            run_layer(layer, stride, visible[3:], None if dtype == torch.float32 else dtype)
+    assert len(choices.measured) == 7 and not caplog.records
+    assert {times for each in choices.measured.values() for times in each.values()} == {1.0}
+    assert all(len(each) > 1 for each in choices.measured.values())
+
+
+@pytest.mark.parametrize("name", ["3×3", "depthwise", "densify"])
+def test_gradients_of_kernels_are_handed_on_in_float32(name, visible):
+    """Sums that fp16 cannot hold arrive whole."""
+    layer, stride = next(each[1:] for each in layers() if each[0] == name)
+    with sparse.choose("implicit_gemm", "gather"):
+        exact, half = (
+            run_layer(layer, stride, visible[3:], dtype, upstream_scale=1e4) for dtype in (None, torch.float16)
+        )
+    ((ours, expected),) = [pair for pair in zip(half[2:], exact[2:]) if pair[0].dim() == 4 and len(pair[0]) > 1]
+    assert expected.abs().max() > torch.finfo(torch.float16).max
+    assert ((ours - expected).norm() / expected.norm()).item() < 2e-2
+
+
 def layers(device="cpu", channels=6):
     """Name, layer, and the strides of its input."""
     yield "3×3", sparse.Conv2d(channels, 5, 3, 1, 1).to(device), 4
@@ -179,7 +294,7 @@ def layers(device="cpu", channels=6):
     yield "densify", Densify(channels, 5, 3).to(device), 8
 
 
-def run_layer(layer, stride, visible, dtype=None, channels=6, patch=8):
+def run_layer(layer, stride, visible, dtype=None, channels=6, patch=8, upstream_scale=1.0):
     device = visible.device
     pyramid = sparse.Pyramid(visible, patch, "native")
     shape = pyramid.neighbours.sites(stride), channels
@@ -189,7 +304,7 @@ def run_layer(layer, stride, visible, dtype=None, channels=6, patch=8):
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         out = layer(x)
     out = out if isinstance(out, torch.Tensor) else out.F
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(device)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(device) * upstream_scale
     out.backward(upstream.to(out.dtype))
     # cloned: a module that moves to another device takes its gradients along
     return [out.detach(), rows.grad, *(parameter.grad.clone() for parameter in layer.parameters())]

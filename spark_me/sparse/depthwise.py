@@ -41,7 +41,7 @@ def convolution(rows: Tensor, weight: Tensor, bias: Tensor | None, pyramid: Pyra
     """Depthwise convolution of stride 1: rows [N, C] → [N, C].
 
     Args:
-        rows: features, canonical order.
+        rows: features, canonical order; they say in which dtype to compute.
         weight: [C, 1, kh, kw], odd along both axes.
         bias: [C].
         pyramid: that the rows lie on.
@@ -138,6 +138,7 @@ def _layout(pyramid: Pyramid, window: Window) -> _Layout:
 class _DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, layout: _Layout) -> Tensor:
+        weight, bias = weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
         ctx.save_for_backward(rows, weight)
         ctx.layout = layout
         return _convolve(rows, weight, bias, layout)

@@ -125,12 +125,11 @@ def convolve(x: SparseTensor, weight: Tensor, bias: Tensor | None, window: Windo
         with torch.autocast(x.F.device.type, enabled=False):
             out = minkowski.convolution(with_features(x, x.F.to(weight.dtype)), weight, window, groups)
             return out if bias is None else with_features(out, out.F + bias)
-    dtype = compute_dtype(weight)
-    rows, weight, bias = x.F.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rows = x.F.to(compute_dtype(weight))
     if depthwise.takes(weight, window, groups):
         return with_features(x, depthwise.convolution(rows, weight, bias, x.coordinate_manager, window))
     rows = native.convolution(rows, weight, window, x.coordinate_manager.neighbours, groups)
-    return at_stride(x, window.out_stride, rows if bias is None else rows + bias)
+    return at_stride(x, window.out_stride, rows if bias is None else rows + bias.to(rows.dtype))
 
 
 class Pool2d(Padded):

@@ -1,4 +1,8 @@
-"""The `native` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter."""
+"""The `native` backend: convolution and pooling on the pyramid's rows, without hash look-ups or colliding scatter.
+
+Products are in the dtype of the rows, whatever that of the weight: an algorithm that has the weight's gradient in
+float32 hands it on so, as a sum in half precision may overflow.
+"""
 
 import math
 from collections.abc import Callable
@@ -80,7 +84,7 @@ def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighb
     """Sparse convolution of rows [N_in, Cin] → [N_out, Cout].
 
     Args:
-        rows: features at `window.in_stride`, canonical order.
+        rows: features at `window.in_stride`, canonical order; they say in which dtype to compute.
         weight: [Cout, Cin/groups, kh, kw].
         window: kernel size, strides and dilation.
         neighbours: the pyramid's tables.
@@ -89,12 +93,12 @@ def convolution(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighb
     if window.volume == 1 and window.before == (0, 0):
         if window.stride > 1:
             rows = subsample(rows, window.stride, neighbours.side(window.in_stride))
-        return multiply(rows, weight.flatten(1), groups)  # a view, whose gradient is one, too
+        return multiply(rows, weight.flatten(1).to(rows.dtype), groups)  # a view, whose gradient is one, too
     if window.span == (window.stride, window.stride) and window.before == (0, 0) and groups == 1:
-        return _patchify(rows, weight, window, neighbours)
+        return _patchify(rows, weight.to(rows.dtype), window, neighbours)
     if groups == 1 and autotune.is_open(rows):
         geometry = (window.in_stride, *window.size, window.stride, *window.dilation, *window.before)
-        algorithms = _algorithms(weight, window, neighbours)
+        algorithms = _algorithms(rows, weight, window, neighbours)
         return autotune.CHOICES.run("convolution", (*geometry, neighbours.patch_size), algorithms, rows, weight)
     # On a GPU, groups stay with tiles: finding pairs would wait for it.
     if neighbours.side(window.out_stride) >= MIN_TILE_SIDE or rows.is_cuda:
@@ -106,14 +110,14 @@ def convolution_to_raster(rows: Tensor, weight: Tensor, stride: int, pyramid: Py
     """Sparse convolution with an output at every place of the dense map: [N, Cin] → [B·h·w, Cout].
 
     Args:
-        rows: features at `stride`, canonical order.
+        rows: features at `stride`, canonical order; they say in which dtype to compute.
         weight: [Cout, Cin, k, k], k odd: the kernel is centred and of stride 1.
         stride: tensor stride of rows and map.
         pyramid: that the rows lie on.
     """
     if autotune.is_open(rows):
         geometry = (stride, weight.shape[-1], pyramid.patch_size)
-        algorithms = _algorithms_to_raster(weight, stride, pyramid)
+        algorithms = _algorithms_to_raster(rows, weight, stride, pyramid)
         return autotune.CHOICES.run("convolution to dense", geometry, algorithms, rows, weight)
     return _pairs_to_raster(rows, weight, stride, pyramid)
 
@@ -149,7 +153,7 @@ def _sum_pool(images: Tensor, window: Window) -> Tensor:
     return functional.avg_pool2d(images, window.size, window.stride, divisor_override=1)
 
 
-def _algorithms(weight: Tensor, window: Window, neighbours: Neighbours) -> autotune.Algorithms:
+def _algorithms(rows: Tensor, weight: Tensor, window: Window, neighbours: Neighbours) -> autotune.Algorithms:
     def tiles(rows: Tensor, weight: Tensor) -> Tensor:
         return _TileConvolution.apply(rows, weight, window, neighbours, 1)
 
@@ -159,14 +163,14 @@ def _algorithms(weight: Tensor, window: Window, neighbours: Neighbours) -> autot
     if not autotune.kernels_run_on(weight.device):
         return {"tiles": tiles, "pairs": pairs}
     table, transposed = partial(neighbours.inputs_of_outputs, window), partial(neighbours.outputs_of_inputs, window)
-    return {**_implicit_gemms(weight, table, transposed), "tiles": tiles}
+    return {**_implicit_gemms(rows, weight, table, transposed), "tiles": tiles}
 
 
-def _algorithms_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> autotune.Algorithms:
+def _algorithms_to_raster(rows: Tensor, weight: Tensor, stride: int, pyramid: Pyramid) -> autotune.Algorithms:
     size = weight.shape[-1]
 
     def dense(rows: Tensor, weight: Tensor) -> Tensor:
-        return rows_of(functional.conv2d(pyramid.raster(rows, stride), weight, padding=size // 2))
+        return rows_of(functional.conv2d(pyramid.raster(rows, stride), weight.to(rows.dtype), padding=size // 2))
 
     def pairs(rows: Tensor, weight: Tensor) -> Tensor:
         return _pairs_to_raster(rows, weight, stride, pyramid)
@@ -175,11 +179,11 @@ def _algorithms_to_raster(weight: Tensor, stride: int, pyramid: Pyramid) -> auto
         return {"dense": dense, "pairs": pairs}
     table = partial(pyramid.neighbours.inputs_of_places, stride, size)
     transposed = partial(pyramid.neighbours.places_of_inputs, stride, size)
-    return {**_implicit_gemms(weight, table, transposed), "dense": dense}
+    return {**_implicit_gemms(rows, weight, table, transposed), "dense": dense}
 
 
 def _implicit_gemms(
-    weight: Tensor, table: Callable[[], Tensor], transposed: Callable[[], Tensor]
+    rows: Tensor, weight: Tensor, table: Callable[[], Tensor], transposed: Callable[[], Tensor]
 ) -> dict[str, Callable[..., Tensor]]:
     from spark_me.sparse.kernels import implicit_gemm  # Triton is imported where it is used
 
@@ -189,7 +193,7 @@ def _implicit_gemms(
         )
 
     out_channels, in_channels = weight.shape[:2]
-    choices = implicit_gemm.block_choices(weight.dtype, in_channels, out_channels, weight.device)
+    choices = implicit_gemm.block_choices(rows.dtype, in_channels, out_channels, weight.device)
     return {f"implicit_gemm {name}": cut(blocks) for name, blocks in choices.items()}
 
 
@@ -215,7 +219,7 @@ class _TileConvolution(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.window, ctx.neighbours, ctx.groups = window, neighbours, groups
         tiles = tiles_of(rows, window, neighbours, empty=0.0)
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.to(rows.dtype, memory_format=torch.channels_last)
         return rows_of(functional.conv2d(tiles, weight, None, window.stride, 0, window.dilation, groups))
 
     @staticmethod
@@ -223,7 +227,7 @@ class _TileConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         window, neighbours = ctx.window, ctx.neighbours
-        weight = weight.contiguous(memory_format=torch.channels_last)
+        weight = weight.to(rows.dtype, memory_format=torch.channels_last)
         out_side = neighbours.side(window.out_stride)
         grad_tiles, grad_weight, _ = torch.ops.aten.convolution_backward(
             images_of(gradient, out_side),
@@ -249,7 +253,7 @@ class _PairConvolution(torch.autograd.Function):
         ctx.pairs, ctx.groups = pairs, groups
         out = rows.new_zeros(out_rows, len(weight))
         for offset, inputs, outputs in ctx.pairs:
-            out.index_add_(0, outputs, multiply(rows.index_select(0, inputs), _matrix(weight, offset), groups))
+            out.index_add_(0, outputs, multiply(rows.index_select(0, inputs), _matrix(weight, offset, rows), groups))
         return out
 
     @staticmethod
@@ -257,21 +261,21 @@ class _PairConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=rows.dtype) if ctx.needs_input_grad[1] else None
         for offset, inputs, outputs in ctx.pairs:
             grad_outputs = gradient.index_select(0, outputs)
             if grad_rows is not None:
-                products = multiply_transposed(grad_outputs, _matrix(weight, offset), ctx.groups)
+                products = multiply_transposed(grad_outputs, _matrix(weight, offset, rows), ctx.groups)
                 grad_rows.index_add_(0, inputs, products)
             if grad_weight is not None:
                 own = rows.index_select(0, inputs)
-                multiply_rows(grad_outputs, own, ctx.groups, out=_matrix(grad_weight, offset))
+                multiply_rows(grad_outputs, own, ctx.groups, out=_matrix(grad_weight, offset, rows))
         return grad_rows, grad_weight, None, None, None
 
 
-def _matrix(weight: Tensor, offset: Pair) -> Tensor:
-    """Of one kernel offset (down, across): a view [Cout, Cin/groups]."""
-    return weight[:, :, offset[0], offset[1]]
+def _matrix(weight: Tensor, offset: Pair, rows: Tensor) -> Tensor:
+    """Of one kernel offset (down, across): [Cout, Cin/groups], a view where the rows have the weight's dtype."""
+    return weight[:, :, offset[0], offset[1]].to(rows.dtype)
 
 
 class _TilePool(torch.autograd.Function):

@@ -88,9 +88,8 @@ def convolution_to_dense(x: SparseTensor, weight: Tensor) -> Tensor:
     """
     pyramid, stride = x.coordinate_manager, stride_of(x)
     images, height, width = pyramid.extent(stride)
-    dtype = compute_dtype(weight)
-    rows, weight = x.F.to(dtype), weight.to(dtype)
+    rows = x.F.to(compute_dtype(weight))
     if weight.shape[-1] == 1:
-        return to_dense(with_features(x, functional.linear(rows, weight.flatten(1))))
+        return to_dense(with_features(x, functional.linear(rows, weight.flatten(1).to(rows.dtype))))
     rows = native.convolution_to_raster(rows, weight, stride, pyramid)
     return rows.view(images, height, width, -1).permute(0, 3, 1, 2)

@@ -2,16 +2,19 @@
 
 import importlib.util
 import logging
+import math
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+from spark_me.devices import float32_products
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """float64 stays with torch's operations, which the proofs of exactness compare in."""
@@ -46,23 +49,31 @@ class Operation(NamedTuple):
     gradients: tuple[bool, ...]
     """Which inputs need one."""
     dtype: str
-    """Of the inputs; "tf32" for float32 where torch multiplies it so."""
+    """Of the rows; "tf32" for float32 where torch multiplies it so."""
 
 
 Algorithms = Mapping[str, Callable[..., Tensor]]
-"""By name: the algorithm, then how it cuts the work, as in "implicit_gemm 128x64"."""
-Timer = Callable[[Callable[[], None]], float]
+"""By name: the algorithm, then how it cuts the work, as in "implicit_gemm 128x64". The last computes by torch's own
+operations: what it gives in float32 is what the others have to."""
+Timer = Callable[[Callable[[], object]], float]
 """Milliseconds of some work on the device."""
+Times = dict[str, float]
+"""Milliseconds of every algorithm, forward and backward; infinite where it cannot be used."""
+Finder = Callable[[Operation, Sequence[str], Callable[[], Times]], Times]
+"""From an operation, the names of its algorithms and a measurement of them: their times, measured or known before."""
+TOLERANCE = {"float32": 1e-3, "tf32": 1e-2, "float16": 2e-2, "bfloat16": 5e-2}
+"""How far a row of any result may be from the reference, as a share of the rows' root mean square."""
 
 
 class Choices:
-    """What was measured in this process, and what is pinned."""
+    """What is known in this process, and what is pinned."""
 
     def __init__(self, timer: Timer) -> None:
-        self.measured: dict[Operation, dict[str, float]] = {}
-        """Milliseconds of every algorithm, forward and backward."""
+        self.measured: dict[Operation, Times] = {}
         self.pinned: tuple[str, ...] | None = None
         """Names in order of preference; None: measure."""
+        self.find: Finder = measure_here
+        """Where the times of an operation come from that comes up for the first time."""
         self._timer = timer
 
     def run(self, name: str, geometry: tuple[int, ...], algorithms: Algorithms, *inputs: Tensor) -> Tensor:
@@ -81,42 +92,115 @@ class Choices:
         return algorithms[chosen](*inputs)
 
     def _fastest(self, name: str, geometry: tuple[int, ...], algorithms: Algorithms, inputs: tuple[Tensor, ...]) -> str:
-        if len(algorithms) == 1:
-            return next(iter(algorithms))
+        names = tuple(algorithms)
+        if len(names) == 1:
+            return names[0]
         operation = _operation(name, geometry, inputs)
         if operation not in self.measured:
-            self.measured[operation] = {
-                algorithm: self._milliseconds(algorithm, compute, inputs, operation.gradients)
-                for algorithm, compute in algorithms.items()
-            }
-        milliseconds = self.measured[operation]
-        return min(milliseconds, key=milliseconds.__getitem__)
+            self.measured[operation] = self.find(operation, names, lambda: self._measure(algorithms, operation, inputs))
+        times = self.measured[operation]
+        fastest = min(times, key=times.__getitem__)
+        return fastest if math.isfinite(times[fastest]) else names[-1]
 
-    def _milliseconds(
-        self, name: str, compute: Callable[..., Tensor], inputs: tuple[Tensor, ...], gradients: tuple[bool, ...]
-    ) -> float:
-        # Detached: measuring must leave no gradient in the parameters and nothing in the graph.
-        inputs = tuple(x.detach().requires_grad_(needed) for x, needed in zip(inputs, gradients))
-        wanted = [x for x in inputs if x.requires_grad]
+    def _measure(self, algorithms: Algorithms, operation: Operation, inputs: tuple[Tensor, ...]) -> Times:
+        """Times of the algorithms whose results are the reference's; the others are left out, in a line each."""
+        times = dict.fromkeys(algorithms, math.inf)
+        # Not the caller's hooks: activation checkpointing counts what a block saves. Nor its autocast.
+        with (
+            torch.cuda.device_of(inputs[0]),
+            torch.autocast(inputs[0].device.type, enabled=False),
+            saved_tensors_hooks(lambda x: x, lambda x: x),
+        ):
+            *_, reference = algorithms
+            trial = Trial(inputs, operation.gradients)
+            with _left_out(reference):
+                expected = trial.in_float32(algorithms[reference])
+                for name, compute in algorithms.items():
+                    with _left_out(name):
+                        trial.require_agreement(trial.results(compute), expected, TOLERANCE[operation.dtype])
+                        times[name] = self._timer(partial(trial.results, compute))
+        return times
 
-        def work() -> None:
+
+def measure_here(operation: Operation, names: Sequence[str], measure: Callable[[], Times]) -> Times:
+    """The `Finder` that knows nothing from before."""
+    return measure()
+
+
+class WrongResult(Exception):
+    """An algorithm does not compute what the reference does."""
+
+
+class Trial:
+    """Inputs like those at hand, but drawn: at hand, a weight may be zero, which hides what is wrong.
+
+    Detached from them, so that measuring leaves no gradient in the parameters and nothing in the graph; and drawn by a
+    generator of their own.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], gradients: Sequence[bool]) -> None:
+        self.inputs = [
+            self._drawn(x, place).requires_grad_(needed) for place, (x, needed) in enumerate(zip(inputs, gradients))
+        ]
+        self.upstream: Tensor | None = None
+
+    @staticmethod
+    def _drawn(x: Tensor, seed: int) -> Tensor:
+        """Such that sums over the inputs of a place are of order 1."""
+        generator = torch.Generator(x.device).manual_seed(seed)
+        values = torch.randn(x.shape, generator=generator, device=x.device)
+        fan_in = x[0].numel() if x.dim() > 2 else 1
+        return values.div_(fan_in**0.5).to(x.dtype)
+
+    def in_float32(self, compute: Callable[..., Tensor]) -> list[Tensor]:
+        """The results of an algorithm in float32, by products of float32's own; draws what flows back."""
+        inputs = [x.detach().float().requires_grad_(x.requires_grad) for x in self.inputs]
+        with float32_products(tf32=False):
             out = compute(*inputs)
-            if wanted:
-                torch.autograd.grad(out, wanted, out.detach())
+            self.upstream = self._drawn(out.detach().to(self.inputs[0].dtype), len(inputs))
+            return _with_gradients(out, inputs, self.upstream.float())
 
-        try:
-            # Not the caller's hooks: activation checkpointing counts what a block saves.
-            with torch.cuda.device_of(inputs[0]), saved_tensors_hooks(lambda x: x, lambda x: x):
-                return self._timer(work)
-        except torch.cuda.OutOfMemoryError:
-            return float("inf")  # no choice for this batch; if none is, the one that runs says so
-        except Exception as error:  # compilers and libraries raise whatever they trip over
-            reason = str(error).strip().partition("\n")[0]
-            _log.warning("%s does not run on this GPU and is left out: %s: %s", name, type(error).__name__, reason)
-            return float("inf")
+    def results(self, compute: Callable[..., Tensor]) -> list[Tensor]:
+        """An algorithm's output, then the gradients of those inputs that need one."""
+        assert self.upstream is not None
+        return _with_gradients(compute(*self.inputs), self.inputs, self.upstream)
+
+    @staticmethod
+    def require_agreement(actual: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> None:
+        """Refuse an algorithm that is wrong anywhere.
+
+        Raises:
+            WrongResult: saying where and by how much.
+        """
+        for place, (ours, reference) in enumerate(zip(actual, expected, strict=True)):
+            rows = reference.reshape(len(reference), -1)
+            differences = (ours.float().reshape(rows.shape) - rows).norm(dim=1)
+            error = (differences.max() / rows.norm() * len(rows) ** 0.5).item()
+            if not error <= tolerance:  # NaN is not
+                what = f"gradient {place}" if place else "output"
+                raise WrongResult(f"its {what} is off by {error:.2g} of the reference's where it is worst")
 
 
-def time_on_gpu(work: Callable[[], None]) -> float:
+def _with_gradients(out: Tensor, inputs: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
+    wanted = [x for x in inputs if x.requires_grad]
+    return [out.detach(), *(torch.autograd.grad(out, wanted, upstream) if wanted else ())]
+
+
+@contextmanager
+def _left_out(name: str) -> Iterator[None]:
+    """An algorithm that fails is no choice, and a line says so; want of memory is nothing to be told of."""
+    try:
+        yield
+    except WrongResult as error:
+        _log.warning("%s computes wrongly on this GPU and is left out: %s", name, error)
+    except torch.cuda.OutOfMemoryError:
+        pass  # no choice for this batch; if none is, the one that runs says so
+    except Exception as error:  # compilers and libraries raise whatever they trip over
+        reason = str(error).strip().partition("\n")[0]
+        _log.warning("%s does not run on this GPU and is left out: %s: %s", name, type(error).__name__, reason)
+
+
+def time_on_gpu(work: Callable[[], object]) -> float:
     """Milliseconds of some work on the current GPU, by its own clock."""
     work()  # compiles kernels
     rounds = []
@@ -154,8 +238,8 @@ def choose(*algorithms: str) -> Iterator[None]:
 
 
 def measured_choices() -> dict[Operation, dict[str, float]]:
-    """What this process has measured: milliseconds of every algorithm; the smallest is used."""
-    return {operation: dict(milliseconds) for operation, milliseconds in CHOICES.measured.items()}
+    """What this process knows: milliseconds of every algorithm; the smallest is used."""
+    return {operation: dict(times) for operation, times in CHOICES.measured.items()}
 
 
 def is_open(rows: Tensor) -> bool:

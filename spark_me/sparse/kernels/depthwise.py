@@ -28,8 +28,8 @@ def convolution(rows: Tensor, kernel: Tensor, bias: Tensor, table: Tensor, block
 
     Args:
         rows: features.
-        kernel: [K, C], of the same dtype.
-        bias: [C], of the same dtype.
+        kernel: [K, C], in float32 or the same dtype.
+        bias: [C], as the kernel; the gradients of both are summed in float32 and handed on in their own dtypes.
         table: int32 [K, N], the row under each kernel offset of each site; N where there is none.
         block: one of `BLOCKS`.
     """
@@ -40,7 +40,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, kernel: Tensor, bias: Tensor, table: Tensor, block: int) -> Tensor:
         ctx.save_for_backward(rows, kernel)
-        ctx.table, ctx.block = table, block
+        ctx.table, ctx.block, ctx.bias_dtype = table, block, bias.dtype
         return _convolve(rows, kernel, bias, table, block)
 
     @staticmethod
@@ -51,9 +51,9 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_rows = _convolve(gradient, kernel.flip(0), None, ctx.table, ctx.block)
         if ctx.needs_input_grad[1]:
-            grad_kernel = _correlate(rows, gradient, ctx.table)
+            grad_kernel = _correlate(rows, gradient, ctx.table).to(kernel.dtype)
         if ctx.needs_input_grad[2]:
-            grad_bias = gradient.sum(dim=0)
+            grad_bias = gradient.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_rows, grad_kernel, grad_bias, None, None
 
 
@@ -71,7 +71,7 @@ def _convolve(rows: Tensor, kernel: Tensor, bias: Tensor | None, table: Tensor, 
 
 
 def _correlate(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
-    """The kernel's gradient [K, C] from rows [N, C] and the outputs' gradient [N, C]."""
+    """The kernel's gradient [K, C], in float32, from rows [N, C] and the outputs' gradient [N, C]."""
     rows, gradient = rows.contiguous(), gradient.contiguous()
     (sites, channels), size = rows.shape, _size(table)
     block = _channel_block(channels)
@@ -87,7 +87,7 @@ def _correlate(rows: Tensor, gradient: Tensor, table: Tensor) -> Tensor:
             STEPS=steps, SIZE=size, COLUMN=triton.next_power_of_2(size), ROWS=GRADIENT_ROWS, CHANNELS=block,
             num_warps=4,
         )  # fmt: skip
-    return sums.sum(dim=0).to(rows.dtype)
+    return sums.sum(dim=0)
 
 
 def _size(table: Tensor) -> int:

@@ -59,7 +59,8 @@ def convolution(
 
     Args:
         rows: features.
-        kernel: [K, Cin, Cout], of the same dtype.
+        kernel: [K, Cin, Cout], in float32 or the same dtype; products are in that of the rows, and its gradient, whose
+            sums are float32, is handed on in its own.
         table: int32 [K, N_out], the row under each kernel offset of each output; N_in where there is none.
         transposed: int32 [K, N_in], the output that sees each row at each kernel offset; N_out where there is none.
             Called in the backward pass, if the rows need a gradient.
@@ -73,6 +74,7 @@ class _Convolution(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, kernel: Tensor, table: Tensor, transposed: Callable[[], Tensor], blocks: Blocks
     ) -> Tensor:
+        ctx.kernel_dtype, kernel = kernel.dtype, kernel.to(rows.dtype)
         ctx.save_for_backward(rows, kernel)
         ctx.table, ctx.transposed, ctx.blocks = table, transposed, blocks
         return _multiply(rows, kernel, table, blocks)
@@ -85,7 +87,7 @@ class _Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_rows = _multiply(gradient, kernel.transpose(1, 2), ctx.transposed(), ctx.blocks)
         if ctx.needs_input_grad[1]:
-            grad_kernel = _correlate(rows, gradient, ctx.table, ctx.blocks)
+            grad_kernel = _correlate(rows, gradient, ctx.table, ctx.blocks).to(ctx.kernel_dtype)
         return grad_rows, grad_kernel, None, None, None
 
 
@@ -107,7 +109,7 @@ def _multiply(rows: Tensor, kernel: Tensor, table: Tensor, blocks: Blocks) -> Te
 
 
 def _correlate(rows: Tensor, gradient: Tensor, table: Tensor, blocks: Blocks) -> Tensor:
-    """The kernel's gradient [K, Cin, Cout] from rows [N_in, Cin] and the outputs' gradient [N_out, Cout]."""
+    """The kernel's gradient, float32 [K, Cin, Cout], from rows [N_in, Cin] and the outputs' gradient [N_out, Cout]."""
     rows, gradient = rows.contiguous(), gradient.contiguous()
     (offsets, places), in_channels, out_channels = table.shape, rows.shape[1], gradient.shape[1]
     block_in, block_out = _edge(in_channels, blocks.rows), _edge(out_channels, min(blocks.columns, 128))
@@ -123,7 +125,7 @@ def _correlate(rows: Tensor, gradient: Tensor, table: Tensor, blocks: Blocks) ->
             STEPS=steps, IN=block_in, OUT=block_out, DEPTH=blocks.depth, PRECISION=_precision(),
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-    return sums.sum(dim=0).to(rows.dtype)
+    return sums.sum(dim=0)
 
 
 @cache
