@@ -183,6 +183,11 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+def common_store() -> Store | None:
+    """What the processes of a run can leave each other without meeting; None for a single one."""
+    return dist.distributed_c10d._get_default_store() if _together() else None
+
+
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 

@@ -22,6 +22,7 @@ from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.files import write_text
 from spark_me.train import distributed
+from spark_me.train.algorithms import Algorithms
 from spark_me.train.checkpoint import (
     CheckpointWriter,
     TrainState,
@@ -116,6 +117,7 @@ class Trainer:
         self.schedule = build_schedule(config.optim, config.train, task.steps_per_epoch)
         optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
         self.state = TrainState(task.model, optimizer, self.precision.scaler)
+        self.algorithms = Algorithms(device, distributed.common_store())
         self.unreadable = UnreadableFiles(
             self.state.unreadable, task.files, config.data.max_unreadable, write=self._write_unreadable
         )
@@ -142,6 +144,7 @@ class Trainer:
                     "restore them, or choose another run.dir"
                 )
             restore(self.state, content, path)
+            self.algorithms.restore(content.get("algorithms", {}))
             self.task.restore(content, path)
         return str(path)
 
@@ -198,7 +201,8 @@ class Trainer:
         stop_request = StopRequest(answer=distributed.is_main())
         try:
             with self._reports(), self.precision.products(), stop_request as stop, named_failures(), self.writer:
-                complete = self._take_steps(stop)
+                with self.algorithms.used():
+                    complete = self._take_steps(stop)
                 with distributed.raise_together():
                     self.writer.wait()
         except KeyboardInterrupt:
@@ -387,6 +391,7 @@ class Trainer:
         return value > best if self.task.best_is_highest else value < best
 
     def _save(self, *, best: bool = False) -> None:
+        algorithms = self.algorithms.entry()
         with distributed.raise_together():
             if distributed.is_main():
                 require_finite(self.state)
@@ -397,7 +402,7 @@ class Trainer:
                     batch_size=self.batch_size,
                     steps_per_epoch=self.task.steps_per_epoch,
                     data_fingerprint=self.task.data_fingerprint,
-                    entries=self.task.entries(),
+                    entries=self.task.entries() | {"algorithms": algorithms},
                 )
                 self.writer.save(content, best=best)
 
