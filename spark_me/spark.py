@@ -10,7 +10,7 @@ from spark_me.decoder import DECODERS, image_losses, patch_loss
 from spark_me.densify import DensifyDeepest, DensifyScales
 from spark_me.devices import copy_to
 from spark_me.encoder import SparseEncoder
-from spark_me.sparse import Pyramid, SparseTensor
+from spark_me.sparse import Pyramid, SparseTensor, VisiblePatches
 
 
 class Reconstruction(NamedTuple):
@@ -61,25 +61,28 @@ class SparK(nn.Module):
             else DensifyScales(encoder.channels, self.decoder.widths, encoder.densify_norm)
         )
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, visible: Tensor | VisiblePatches | None = None, valid: Tensor | None = None
+    ) -> Tensor:
         """The pretraining loss.
 
         Args:
             images: [B, C, H, W].
             visible: bool [B, fh, fw]; drawn when None. Best on the CPU even if the images are on a GPU, and `valid`
-                too: read back from there, they make the host wait for all work on it.
+                too: read back from there, they make the host wait for all work on it. Or `VisiblePatches` on the
+                images' device, with a `valid` that is there and not checked: so nothing is copied here.
             valid: bool [B, fh, fw], False where a patch has nodata pixels: it is neither encoded nor in the loss,
                 whatever its values. All patches count when None.
 
         Raises:
             ValueError: if a visible patch is not valid, an image has no visible patch, or there is no image.
         """
-        images, visible, hidden = self._prepare(images, visible, valid)
-        prediction = masking.patchify(self.predict(images, visible), self.patch_size)
+        images, patches, hidden = self._prepare(images, visible, valid)
+        prediction = masking.patchify(self.predict(images, patches), self.patch_size)
         target, _, _ = self._target(images)
         return patch_loss(prediction, target, hidden.flatten(1))
 
-    def predict(self, images: Tensor, visible: Tensor) -> Tensor:
+    def predict(self, images: Tensor, visible: Tensor | VisiblePatches) -> Tensor:
         """Normalised pixels [B, C, H, W], computed from the visible patches alone."""
         return self.decoder(self.densify(self._encode(images, visible)))
 
@@ -96,16 +99,16 @@ class SparK(nn.Module):
 
         `visible` and `valid` are as for `forward`; patches that are not valid come out as about 0.
         """
-        images, visible, hidden = self._prepare(images, visible, valid)
-        normalised = masking.patchify(self.predict(images, visible), self.patch_size)
+        images, patches, hidden = self._prepare(images, visible, valid)
+        normalised = masking.patchify(self.predict(images, patches), self.patch_size)
         target, mean, deviation = self._target(images)
-        grid = (visible.shape[1], visible.shape[2])
+        grid = masking.grid_of(images.shape[-2:], self.patch_size)
         prediction = masking.unpatchify(normalised * deviation + mean, grid, self.patch_size)
         of_patches = (normalised, target, hidden.flatten(1))
         loss, losses = patch_loss(*of_patches), image_losses(*of_patches)
-        return Reconstruction(prediction, copy_to(visible, images.device), loss, losses)
+        return Reconstruction(prediction, patches.visible, loss, losses)
 
-    def _encode(self, images: Tensor, visible: Tensor) -> list[SparseTensor]:
+    def _encode(self, images: Tensor, visible: Tensor | VisiblePatches) -> list[SparseTensor]:
         pyramid = Pyramid(visible, self.patch_size, self.backend, images.device)
         return self.encoder(sparse.to_sparse(images, pyramid))
 
@@ -116,17 +119,22 @@ class SparK(nn.Module):
         deviation = (variance + 1e-6).sqrt()
         return (patches - mean) / deviation, mean, deviation
 
-    def _prepare(self, images: Tensor, visible: Tensor | None, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The images without their nodata, which patches are visible (on the CPU), and which are reconstructed."""
-        valid = None if valid is None else valid.cpu()
-        if visible is None:
-            grid = masking.grid_of(images.shape[-2:], self.patch_size)
-            visible = masking.draw_visible(images.shape[0], grid, self.mask_ratio, valid=valid)
-        visible = visible.cpu()
+    def _prepare(
+        self, images: Tensor, visible: Tensor | VisiblePatches | None, valid: Tensor | None
+    ) -> tuple[Tensor, VisiblePatches, Tensor]:
+        """The images without their nodata, which patches are visible, and which are reconstructed."""
+        if not isinstance(visible, VisiblePatches):
+            valid = None if valid is None else valid.cpu()
+            if visible is None:
+                grid = masking.grid_of(images.shape[-2:], self.patch_size)
+                visible = masking.draw_visible(images.shape[0], grid, self.mask_ratio, valid=valid)
+            visible = visible.cpu()
+            if valid is not None and (visible & ~valid).any():
+                raise ValueError("a patch with nodata pixels cannot be visible")
+            visible = VisiblePatches.of(visible, images.device)
+            valid = None if valid is None else copy_to(valid, images.device)
         if valid is None:
-            return images, visible, copy_to(~visible, images.device)
-        if (visible & ~valid).any():
-            raise ValueError("a patch with nodata pixels cannot be visible")
+            return images, visible, ~visible.visible
         # Filled, not multiplied: a NaN times zero would reach the gradients.
-        nodata = masking.upsample_visible(copy_to(~valid, images.device), self.patch_size)[:, None]
-        return images.masked_fill(nodata, 0), visible, copy_to(valid & ~visible, images.device)
+        nodata = masking.upsample_visible(~valid, self.patch_size)[:, None]
+        return images.masked_fill(nodata, 0), visible, valid & ~visible.visible

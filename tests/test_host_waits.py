@@ -15,7 +15,6 @@ import pytest
 import torch
 from conftest import contract_masks
 from masked_convolutions import square_window
-from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,11 +22,11 @@ import spark_me
 from spark_me import sparse
 from spark_me.config.training import OptimConfig, TrainConfig
 from spark_me.data.datasets import Batch
-from spark_me.sparse.neighbours import Neighbours, Pairs, Window
+from spark_me.sparse.neighbours import Neighbours, Pairs, VisiblePatches, Window
 from spark_me.train import step
 from spark_me.train.checkpoint import TrainState
+from spark_me.train.pretrain import Pretraining
 from spark_me.train.schedules import build_optimizer, build_schedule
-from spark_me.train.step import Inputs
 
 META = torch.device("meta")
 WINDOWS = [
@@ -70,7 +69,7 @@ def halo(stride):
 
 
 def test_all_tables_are_shaped_by_the_host(visible):
-    expected = Neighbours(visible, 8)
+    expected = Neighbours(VisiblePatches.of(visible), 8)
     with Copies() as copies:
         pyramid = sparse.Pyramid(visible, 8, "native", META)
         tables = pyramid.neighbours
@@ -121,31 +120,24 @@ def test_a_whole_step_waits_for_nothing(encoder, with_nodata, visible, monkeypat
         loss = model(images, visible, valid)
         loss.backward()
     assert loss.shape == () and all(parameter.grad is not None for parameter in model.parameters())
-    # what the pyramid and its tables need, and which patches are reconstructed (and which have nodata)
-    assert len(copies.shapes) == 4 + with_nodata
+    # what the pyramid and its tables need (and which patches have data)
+    assert len(copies.shapes) == 3 + with_nodata
 
 
 class OnMeta:
     """SparK on the device without values, as a task."""
 
     steps_per_epoch = 10
+    device = META
+    normalise = staticmethod(lambda images: images)
+    inputs, loss, after_step = Pretraining.inputs, Pretraining.loss, Pretraining.after_step
 
     def __init__(self) -> None:
         self.model = spark_me.build_model("timm/test_resnet", image_size=(96, 128), decoder_width=32).to(META)
 
-    def inputs(self, batch: Batch) -> Inputs:
-        assert batch.visible is not None
-        return Inputs((batch.images, batch.visible), int((~batch.visible).sum()))
 
-    def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        return model(*tensors)
-
-    def after_step(self) -> None:
-        """Nothing else changes."""
-
-
-@pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_a_step_of_the_trainer_waits_for_nothing(name, visible, monkeypatch):
+@pytest.mark.parametrize("name, with_nodata", [("adamw", False), ("lamb", False), ("lamb", True)])
+def test_a_step_of_the_trainer_waits_for_nothing_and_copies_nothing(name, with_nodata, visible, monkeypatch):
     monkeypatch.setattr(Neighbours, "pairs", _pairs)
     monkeypatch.setattr(Neighbours, "pairs_to_raster", _pairs_to_raster)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
@@ -156,10 +148,14 @@ def test_a_step_of_the_trainer_waits_for_nothing(name, visible, monkeypatch):
     schedule = build_schedule(OptimConfig(), TrainConfig(), steps_per_epoch=10)
     stepper = step.Stepper(task, state, schedule, precision, seed=0, clip_norm=5.0)  # type: ignore[arg-type]
     images = torch.empty(len(visible), 3, 96, 128, device=META)
+    valid = torch.ones_like(visible) if with_nodata else None
     for number in (1, 2):
-        prepared = stepper.prepare([Batch(images, list(range(len(visible))), [], visible=visible)])
+        batch = Batch(images, list(range(len(visible))), [], visible=visible, valid=valid)
+        prepared = stepper.prepare([batch])
         assert prepared.targets == (~visible).sum()
-        taken = stepper.take(prepared, prepared.targets)
+        with Copies() as copies:
+            taken = stepper.take(prepared, prepared.targets)
+        assert not copies.shapes
         assert taken.step == state.step == number and len(taken.values) == 2
 
 

@@ -8,7 +8,7 @@ from kernel_compilation import compile_in_new_process
 from masked_convolutions import assert_near, doubled, random, results, square_window
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches
 
 depthwise = pytest.importorskip("spark_me.sparse.kernels.depthwise", reason="Triton is not installed")
 
@@ -18,7 +18,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are 
 def compare(stride, size, channels, dtype, block, visible=None, patch=8, device="cpu"):
     """Outputs and the gradients of rows, kernel and bias against dense torch."""
     pyramid = sparse.Pyramid(contract_masks() if visible is None else visible, patch)
-    neighbours = Neighbours(pyramid.visible.to(device), patch)
+    neighbours = Neighbours(VisiblePatches.of(pyramid.visible.to(device)), patch)
     inputs = [
         random(*shape, dtype=dtype, seed=seed, device=device)
         for seed, shape in enumerate([(neighbours.sites(stride), channels), (size**2, channels), (channels,)])
@@ -47,7 +47,7 @@ def test_half_precision_is_near_float64(dtype):
 def test_several_parts_of_the_kernel_gradient_repeat_bit_by_bit(monkeypatch):
     monkeypatch.setattr(depthwise, "MIN_STEPS", 1)
     compare(4, 3, 5, torch.float32, block=32)
-    neighbours = Neighbours(contract_masks(), 8)
+    neighbours = Neighbours(VisiblePatches.of(contract_masks()), 8)
     inputs = [random(*shape, dtype=torch.float32, seed=2) for shape in [(neighbours.sites(4), 5), (9, 5), (5,)]]
     table, kept = neighbours.inputs_of_outputs(square_window(4, 3)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
@@ -61,9 +61,9 @@ import torch
 from kernel_compilation import compiled_kernels
 from masked_convolutions import square_window
 from spark_me.sparse.kernels import depthwise
-from spark_me.sparse.neighbours import Neighbours
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches
 
-neighbours = Neighbours(torch.ones(1, 3, 4, dtype=torch.bool), 8)
+neighbours = Neighbours(VisiblePatches.of(torch.ones(1, 3, 4, dtype=torch.bool)), 8)
 table = neighbours.inputs_of_outputs(square_window(4, 7))
 with compiled_kernels() as kernels:
     for dtype, channels in ((torch.bfloat16, 64), (torch.bfloat16, 96), (torch.float32, 5)):

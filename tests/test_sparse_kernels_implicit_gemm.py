@@ -11,7 +11,7 @@ from kernel_compilation import compile_in_new_process
 from masked_convolutions import assert_near, doubled, random, results, square_window
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches, Window
 
 implicit_gemm = pytest.importorskip("spark_me.sparse.kernels.implicit_gemm", reason="Triton is not installed")
 
@@ -30,7 +30,7 @@ def dense_convolution(rows, kernel, window, pyramid):
 def compare(window, channels, blocks, dtype, visible=None, patch=PATCH, device="cpu"):
     """Outputs and both gradients against dense torch."""
     pyramid = sparse.Pyramid(contract_masks() if visible is None else visible, patch)
-    neighbours = Neighbours(pyramid.visible.to(device), patch)
+    neighbours = Neighbours(VisiblePatches.of(pyramid.visible.to(device)), patch)
     rows = random(neighbours.sites(window.in_stride), channels[0], dtype=dtype, seed=0, device=device)
     kernel = random(window.volume, *channels, dtype=dtype, seed=1, device=device)
     table = neighbours.inputs_of_outputs(window)
@@ -86,7 +86,7 @@ def test_offsets_without_any_neighbour():
 
 
 def compare_to_map(channels, stride, size, dtype, blocks, pyramid, device="cpu"):
-    neighbours = Neighbours(pyramid.visible.to(device), pyramid.patch_size)
+    neighbours = Neighbours(VisiblePatches.of(pyramid.visible.to(device)), pyramid.patch_size)
     rows = random(neighbours.sites(stride), channels[0], dtype=dtype, seed=0, device=device)
     kernel = random(size**2, *channels, dtype=dtype, seed=1, device=device)
     table = neighbours.inputs_of_places(stride, size)
@@ -104,7 +104,7 @@ def test_outputs_at_every_place_of_the_dense_map(stride, size, channels):
 
 @interpreted
 def test_runs_repeat_bit_by_bit_and_keep_rows_and_kernel_only():
-    neighbours, window = Neighbours(contract_masks(), PATCH), square_window(4, 3, 1)
+    neighbours, window = Neighbours(VisiblePatches.of(contract_masks()), PATCH), square_window(4, 3, 1)
     rows, kernel = (
         random(neighbours.sites(4), 8, dtype=torch.float32, seed=0),
         random(9, 8, 8, dtype=torch.float32, seed=1),
@@ -124,7 +124,7 @@ import torch
 from kernel_compilation import compiled_kernels
 from masked_convolutions import square_window
 from spark_me.sparse.kernels import implicit_gemm
-from spark_me.sparse.neighbours import Neighbours
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches
 
 def compile_all(dtype, pairs):
     for channels in pairs:
@@ -134,7 +134,7 @@ def compile_all(dtype, pairs):
             implicit_gemm.convolution(rows, kernel, table, lambda: back, blocks).sum().backward()
 
 def tables_of(visible, stride):
-    neighbours, window = Neighbours(visible, 8), square_window(stride, 3, 8 // stride)
+    neighbours, window = Neighbours(VisiblePatches.of(visible), 8), square_window(stride, 3, 8 // stride)
     return neighbours, neighbours.inputs_of_outputs(window), neighbours.outputs_of_inputs(window)
 
 neighbours, table, back = tables_of(torch.ones(1, 3, 4, dtype=torch.bool), 4)
@@ -231,7 +231,7 @@ def test_on_a_gpu_the_dense_map_equals_dense_torch(dtype, exact_products):
 def test_on_a_gpu_tf32_is_near_float64(exact_products):
     torch.backends.cuda.matmul.allow_tf32 = True
     window, visible = square_window(8, 3, 1), random_masks(16, 7, 7)
-    pyramid, neighbours = sparse.Pyramid(visible, 32), Neighbours(visible.cuda(), 32)
+    pyramid, neighbours = sparse.Pyramid(visible, 32), Neighbours(VisiblePatches.of(visible.cuda()), 32)
     rows = random(neighbours.sites(8), 128, dtype=torch.float32, seed=0, device="cuda")
     kernel = random(9, 128, 128, dtype=torch.float32, seed=1, device="cuda")
     inputs = doubled([rows, kernel])
@@ -246,7 +246,7 @@ def test_on_a_gpu_tf32_is_near_float64(exact_products):
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_runs_repeat_bit_by_bit(dtype, exact_products):
-    window, neighbours = square_window(8, 3, 2), Neighbours(random_masks(64, 7, 7).cuda(), 32)
+    window, neighbours = square_window(8, 3, 2), Neighbours(VisiblePatches.of(random_masks(64, 7, 7).cuda()), 32)
     rows = random(neighbours.sites(8), 128, dtype=dtype, seed=0, device="cuda")
     kernel = random(9, 128, 256, dtype=dtype, seed=1, device="cuda")
     for blocks in implicit_gemm.block_choices(dtype, 128, 256, rows.device).values():

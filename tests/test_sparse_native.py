@@ -9,7 +9,7 @@ from masked_convolutions import square_window
 
 from spark_me import sparse
 from spark_me.sparse import native
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches, Window
 
 VISIBLE = torch.tensor([[[True, False], [True, True]], [[False, False], [False, True]]])
 PATCH = 16  # 8 outputs along a patch's side at stride 2: tiles; fewer: pairs
@@ -72,7 +72,7 @@ def test_every_algorithm_equals_dense_torch(window, groups, channels, assert_clo
     ],
 )
 def test_convolution_gradcheck(window):
-    neighbours = Neighbours(VISIBLE, PATCH)
+    neighbours = Neighbours(VisiblePatches.of(VISIBLE), PATCH)
     assert torch.autograd.gradcheck(
         lambda x, w: native.convolution(x, w, window, neighbours),
         (rows(neighbours, window.in_stride), weight(window, 3, 2)),
@@ -83,7 +83,7 @@ def test_convolution_gradcheck(window):
 @pytest.mark.parametrize("groups, dilation", [(2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("settings", [(2, 3, 1), (1, 3, 2), (4, 3, 1), (16, 3, 1), (8, 1, 2), (2, 2, 2)])
 def test_grouped_and_dilated_convolution_gradcheck(settings, groups, dilation):
-    window, neighbours = square_window(*settings, dilation), Neighbours(VISIBLE, PATCH)
+    window, neighbours = square_window(*settings, dilation), Neighbours(VisiblePatches.of(VISIBLE), PATCH)
     assert torch.autograd.gradcheck(
         lambda x, w: native.convolution(x, w, window, neighbours, groups),
         (rows(neighbours, window.in_stride, 4), weight(window, 6, 4 // groups)),
@@ -113,7 +113,7 @@ POOLS = [native.max_pool, partial(native.max_pool, zero_padding=True), native.su
     ],
 )
 def test_pool_gradcheck(window, pool):
-    neighbours = Neighbours(VISIBLE, PATCH)
+    neighbours = Neighbours(VisiblePatches.of(VISIBLE), PATCH)
     assert torch.autograd.gradcheck(
         lambda x: pool(x, window, neighbours), (rows(neighbours, window.in_stride),), fast_mode=True
     )

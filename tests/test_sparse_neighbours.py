@@ -7,7 +7,7 @@ from masked_convolutions import square_window
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spark_me import sparse
-from spark_me.sparse.neighbours import Neighbours, Window
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches, Window
 
 WINDOWS = [
     square_window(*settings)
@@ -111,7 +111,7 @@ def test_mirrored_tables_have_the_maps_sites_in_the_place_of_those_outside(windo
 
 
 def test_outside_of_map_is_beyond_the_border(visible):
-    neighbours, first, length = Neighbours(visible, 8), (-2, -5), (7, 10)
+    neighbours, first, length = Neighbours(VisiblePatches.of(visible), 8), (-2, -5), (7, 10)
     outside = neighbours.outside_of_tiles(2, first, length)
     for number, (_, row, column) in enumerate(visible.nonzero().tolist()):
         for down in range(length[0]):
@@ -122,7 +122,7 @@ def test_outside_of_map_is_beyond_the_border(visible):
 
 @pytest.mark.parametrize("window", WINDOWS + ELSEWHERE)
 def test_counts_are_the_neighbours_present(window, visible):
-    neighbours = Neighbours(visible, 8)
+    neighbours = Neighbours(VisiblePatches.of(visible), 8)
     expected = [[0] for _ in range(neighbours.sites(window.out_stride))]
     for _, _, rows_out in neighbours.pairs(window):
         for row in rows_out.tolist():
@@ -131,7 +131,7 @@ def test_counts_are_the_neighbours_present(window, visible):
 
 
 def test_tiles_hold_each_patch_and_its_halo(visible):
-    neighbours = Neighbours(visible, 8)
+    neighbours = Neighbours(VisiblePatches.of(visible), 8)
     side, first, length = 4, (-1, -3), (6, 9)
     row_of = {}
     for image, y, x in [tuple(site) for site in sparse.Pyramid(visible, 8).coordinates(2).tolist()]:
@@ -166,7 +166,7 @@ def test_pairs_to_raster_reach_every_place_beside_a_site(stride, visible):
 
 @pytest.mark.parametrize("window", WINDOWS + ELSEWHERE)
 def test_the_transposed_table_leads_back(window, visible):
-    neighbours = Neighbours(visible, 8)
+    neighbours = Neighbours(VisiblePatches.of(visible), 8)
     inputs, outputs = neighbours.sites(window.in_stride), neighbours.sites(window.out_stride)
     expected = torch.full((window.volume, inputs), outputs, dtype=torch.int32)
     for offset, rows in enumerate(neighbours.inputs_of_outputs(window).tolist()):
@@ -202,7 +202,7 @@ def test_tables_of_the_dense_map_and_back(stride, kernel_size, visible):
 
 
 def test_tables_are_built_once(visible):
-    neighbours, window = Neighbours(visible, 8), square_window(2, 3, 2)
+    neighbours, window = Neighbours(VisiblePatches.of(visible), 8), square_window(2, 3, 2)
     for build in (neighbours.inputs_of_outputs, neighbours.outputs_of_inputs, neighbours.pairs):
         assert build(window) is build(window)
     for build in (neighbours.inputs_of_places, neighbours.places_of_inputs, neighbours.pairs_to_raster):
@@ -211,7 +211,7 @@ def test_tables_are_built_once(visible):
 
 def test_no_shape_depends_on_the_masks_values():
     """What follows the constructor runs without data: on a GPU it never waits for the device."""
-    neighbours = Neighbours(contract_masks(), 8)
+    neighbours = Neighbours(VisiblePatches.of(contract_masks()), 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for window in WINDOWS[:4] + ELSEWHERE:
             assert neighbours.inputs_of_outputs(window).shape == (window.volume, neighbours.sites(window.out_stride))

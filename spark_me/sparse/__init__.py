@@ -3,6 +3,7 @@
 from spark_me.sparse.images import global_average, mean_over_images, scale_images, spread_over_sites, sum_over_images
 from spark_me.sparse.kernels.autotune import choose, measured_choices
 from spark_me.sparse.layers import AvgPool2d, Conv2d, DropPath, MaxPool2d, add
+from spark_me.sparse.neighbours import VisiblePatches
 from spark_me.sparse.norms import (
     BatchNorm2d,
     GlobalResponseNorm,
@@ -36,6 +37,7 @@ __all__ = [
     "MaxPool2d",
     "Pyramid",
     "SparseTensor",
+    "VisiblePatches",
     "add",
     "at_stride",
     "choose",

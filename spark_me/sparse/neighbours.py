@@ -163,24 +163,49 @@ def _once(build: Method) -> Method:
     return cast(Method, built)
 
 
+class VisiblePatches(NamedTuple):
+    """Which patches of a batch are visible, in the forms that tables are made of; all that is copied to a device."""
+
+    visible: Tensor
+    """bool [B, fh, fw]"""
+    places: Tensor
+    """int64 [M, 3], image, row and column of each visible patch, in canonical order."""
+    numbers: Tensor
+    """int32 [B, fh, fw], the number of the visible patch at every place of the grid; M where it is hidden."""
+
+    @classmethod
+    def of(cls, visible: Tensor, device: torch.device | str | None = None) -> "VisiblePatches":
+        """Find them.
+
+        Args:
+            visible: bool [B, fh, fw], True = kept; of one image at least, each with one visible patch at least. Best
+                on the CPU, whatever `device` is: from a GPU it is read back, which waits for all work there.
+            device: where they are to be; that of `visible` when None.
+
+        Raises:
+            ValueError: for another shape or dtype, no image, or an image without a visible patch.
+        """
+        if visible.dtype != torch.bool or visible.dim() != 3:
+            raise ValueError(f"visible must be bool [B, fh, fw], not {visible.dtype} {tuple(visible.shape)}")
+        device = visible.device if device is None else torch.device(device)
+        visible = visible.cpu()
+        # Means and losses over nothing are no numbers, and not every kernel of a backend can do without a site.
+        if not len(visible):
+            raise ValueError("a batch needs at least one image")
+        if not visible.flatten(1).any(dim=1).all():
+            raise ValueError("every image needs at least one visible patch")
+        places = visible.nonzero()
+        numbers = visible.flatten().cumsum(0, dtype=torch.int32).sub_(1).view(visible.shape)
+        numbers.masked_fill_(~visible, len(places))
+        return cls(*(copy_to(part, device) for part in (visible, places, numbers)))
+
+
 class Neighbours:
     """Index tables of one pyramid, built on first use. A missing neighbour is numbered N, one past the last row."""
 
-    def __init__(self, visible: Tensor, patch_size: int, device: torch.device | None = None) -> None:
-        """
-        Args:
-            visible: bool [B, fh, fw]; on the CPU, or building waits for its device.
-            patch_size: P.
-            device: of the tables; that of `visible` when None.
-        """
-        device = visible.device if device is None else device
-        on_host = visible.cpu()
-        patches = on_host.nonzero()
-        numbers = on_host.flatten().cumsum(0, dtype=torch.int32).sub_(1).view(on_host.shape)
+    def __init__(self, patches: VisiblePatches, patch_size: int) -> None:
         self.patch_size = patch_size
-        self._patches = copy_to(patches, device)
-        # Number of the visible patch at every place of the grid, counted in canonical order; M where it is hidden.
-        self._numbers = copy_to(numbers.masked_fill_(~on_host, len(patches)), device)
+        self._patches, self._numbers = patches.places, patches.numbers
         self._built: dict[tuple, Any] = {}
 
     def sites(self, stride: int) -> int:

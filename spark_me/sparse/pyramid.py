@@ -5,10 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark_me.devices import copy_to
 from spark_me.errors import EngineError
 from spark_me.sparse.minkowski import ME
-from spark_me.sparse.neighbours import Neighbours
+from spark_me.sparse.neighbours import Neighbours, VisiblePatches
 
 BACKENDS = ("native", "minkowski")
 
@@ -34,38 +33,29 @@ class Pyramid(ME.CoordinateManager):
 
     def __init__(
         self,
-        visible: Tensor,
+        visible: Tensor | VisiblePatches,
         patch_size: int,
         backend: str = "minkowski",
         device: torch.device | str | None = None,
     ) -> None:
         """
         Args:
-            visible: bool [B, fh, fw], True = kept; of one image at least, each with one visible patch at least. Best
-                on the CPU, whatever `device` is: from a GPU it is read back, which waits for all work there.
+            visible: bool [B, fh, fw], True = kept, as `VisiblePatches.of` takes it; or these, on their device already.
             patch_size: P.
             backend: one of `BACKENDS`.
             device: of features and tables; that of `visible` when None.
 
         Raises:
-            ValueError: for another shape or dtype, no image, an image without a visible patch, an unknown backend.
+            ValueError: as `VisiblePatches.of`, and for an unknown backend.
         """
-        if visible.dtype != torch.bool or visible.dim() != 3:
-            raise ValueError(f"visible must be bool [B, fh, fw], not {visible.dtype} {tuple(visible.shape)}")
-        device = visible.device if device is None else torch.device(device)
-        on_host = visible.cpu()
-        # Means and losses over nothing are no numbers, and not every kernel of a backend can do without a site.
-        if not len(on_host):
-            raise ValueError("a batch needs at least one image")
-        if not on_host.flatten(1).any(dim=1).all():
-            raise ValueError("every image needs at least one visible patch")
+        patches = visible if isinstance(visible, VisiblePatches) else VisiblePatches.of(visible, device)
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
         self.D = 2  # dimensions; `_fill` does what else the engine's own class begins with
-        self.visible = copy_to(on_host, device)
+        self.visible = patches.visible
         self.patch_size = patch_size
         self.backend = backend
-        self.neighbours = Neighbours(on_host, patch_size, device)
+        self.neighbours = Neighbours(patches, patch_size)
         self.strides = tuple(2**level for level in range(patch_size.bit_length()))
         self._keys = {stride: ME.CoordinateMapKey([stride, stride], "") for stride in self.strides}
         self._raster_indices: dict[int, Tensor] = {}

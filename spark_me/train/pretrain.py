@@ -20,7 +20,7 @@ from spark_me.devices import copy_to
 from spark_me.errors import UserError, printable
 from spark_me.masking import count_visible, draw_visible_of_samples
 from spark_me.spark import SparK
-from spark_me.sparse import convert_sync_batchnorm
+from spark_me.sparse import VisiblePatches, convert_sync_batchnorm
 from spark_me.train import distributed
 from spark_me.train.checkpoint import BEST, PRETRAIN, list_checkpoints
 from spark_me.train.distributed import device_of_process, note_unreadable
@@ -125,13 +125,15 @@ class Pretraining:
 
     def inputs(self, batch: Batch) -> Inputs:
         images, visible, valid = self.normalise(copy_to(batch.images, self.device)), batch.visible, batch.valid
-        assert visible is not None  # masks stay on the CPU, where the model wants them
+        assert visible is not None
+        patches = VisiblePatches.of(visible, self.device)
         if valid is None:
-            return Inputs((images, visible), targets=int((~visible).sum()))
-        return Inputs((images, visible, valid), targets=int((valid & ~visible).sum()))
+            return Inputs((images, *patches), targets=int((~visible).sum()))
+        return Inputs((images, *patches, copy_to(valid, self.device)), targets=int((valid & ~visible).sum()))
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
-        return model(*tensors)
+        images, visible, places, numbers, *valid = tensors
+        return model(images, VisiblePatches(visible, places, numbers), *valid)
 
     def lr_scale(self, name: str) -> float:
         return 1.0
