@@ -83,6 +83,14 @@ class PretrainTrainConfig(TrainConfig):
     compile: bool = False
     """Compile the decoder, whose shapes are static. The encoder's depend on the masks and come from MinkowskiEngine's
     coordinate manager, which torch.compile cannot look into."""
+    cuda_graph: str = "auto"
+    """auto launches whole steps at once on a GPU, as a CUDA graph, where every step has the same shapes and the graph
+    does in a trial what the step does; never does not. Example: never."""
+
+    def rules(self) -> Iterator[Rule]:
+        """Every range check, in the order of the keys."""
+        yield from super().rules()
+        yield "train.cuda_graph", self.cuda_graph in ("auto", "never"), "must be auto or never"
 
 
 @dataclass
@@ -109,6 +117,7 @@ FREE_KEYS = frozenset(
         "data.max_unreadable",
         "model.backend",
         "train.activation_checkpointing",
+        "train.cuda_graph",
         "run.dir",
         "run.resume",
         "run.device",

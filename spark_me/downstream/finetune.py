@@ -119,6 +119,7 @@ class Finetuning:
         self.images = files
         self.device = device
         self.classes = files.classes
+        self.graph_obstacle = "fine-tuning takes its steps one by one"
         self.files = len(files.train.paths) + len(files.val.paths)
         self.data_fingerprint = fingerprint(files.train.paths)
         self.steps_per_epoch = count_steps_per_epoch(len(files.train.paths), data, train.batch_size)

@@ -103,6 +103,7 @@ class Pretraining:
         self.images = files
         self.device = device
         self.files = len(files.train) + len(files.held_out)
+        self.graph_obstacle = graph_obstacle(config, device)
         self.data_fingerprint = fingerprint(files.train)
         self.steps_per_epoch = count_steps_per_epoch(len(files.train), data, train.batch_size)
         self.micro_batch = split_batch(train.batch_size, distributed.world_size(), train.accumulate)
@@ -180,6 +181,20 @@ class Pretraining:
         """There are no entries of its own."""
 
 
+def graph_obstacle(config: PretrainConfig, device: torch.device) -> str:
+    """Why no CUDA graph can hold a run's steps; empty where one can."""
+    obstacles = {
+        "a CPU takes none": device.type != "cuda",
+        "train.cuda_graph=never": config.train.cuda_graph == "never",
+        "several processes exchange gradients": distributed.world_size() > 1,
+        "data.nodata: batches have different numbers of patches": config.data.nodata is not None,
+        "train.precision=fp16: the host reads what its scaler found": config.train.precision == "fp16",
+        "train.activation_checkpointing keeps the state of random numbers": config.train.activation_checkpointing,
+        "model.backend=minkowski: the engine waits for the GPU": config.model.backend == "minkowski",
+    }
+    return next((what for what, stands in obstacles.items() if stands), "")
+
+
 def _require_two_values(model: SparK, train: PretrainTrainConfig) -> None:
     visible = train.batch_size // train.accumulate * count_visible(model.grid, model.mask_ratio)
     if visible < 2 and any(isinstance(module, nn.BatchNorm2d) for module in model.encoder.modules()):
@@ -213,6 +228,8 @@ def say_beginning(task: Pretraining, run: RunDirectory, schedule: Schedule, star
         f"{len(images.train)} training images (× {config.data.repeats} crops an epoch), "
         f"{len(images.held_out)} held out; {size_text(config.train, schedule, config.optim)}"
     )
+    if task.device.type == "cuda":
+        print(f"no CUDA graph: {task.graph_obstacle}" if task.graph_obstacle else "steps go into a CUDA graph")
     say_start(start, run, steps, schedule.steps)
 
 

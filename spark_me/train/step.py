@@ -38,6 +38,8 @@ class Task(Protocol):
     """Of the command and of its checkpoints."""
     files: int
     """Number of files, training and held-out."""
+    graph_obstacle: str
+    """Why no CUDA graph can hold its steps; empty where one can."""
     data_fingerprint: str
     """Changes when the training data do."""
     steps_per_epoch: int
@@ -149,6 +151,8 @@ class Stepper:
         if distributed.world_size() > 1:
             # Statistics of synchronised norms are equal on all processes already.
             self.model = DistributedDataParallel(task.model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        self.compute = self._compute
+        """What a device does in a step: from its micro-batches and all targets to loss and norm, float64 [2]."""
         self.copies = torch.cuda.Stream(precision.device) if precision.device.type == "cuda" else None
         """Images travel on it while the step before is computed."""
 
@@ -172,12 +176,10 @@ class Stepper:
         torch.manual_seed(seed_of(STEP, self.seed, step, distributed.rank()))
         self._await_copies(prepared)
         self.schedule.apply(state.optimizer, step)
-        state.optimizer.zero_grad()
-        loss = self._backward(prepared.micro_batches, targets)
-        norm = self._update()
+        values = self.compute(prepared.micro_batches, targets)
         self.task.after_step()
         state.step += 1
-        return Taken(state.step, prepared.indices, Readback(torch.stack([loss, norm.to(loss)])))
+        return Taken(state.step, prepared.indices, Readback(values))
 
     def _await_copies(self, prepared: Prepared) -> None:
         if self.copies is None:
@@ -186,6 +188,12 @@ class Stepper:
         current.wait_stream(self.copies)
         for tensor in (tensor for one in prepared.micro_batches for tensor in one.tensors if tensor.is_cuda):
             tensor.record_stream(current)  # or its memory might be given to the next step's images too early
+
+    def _compute(self, inputs: Sequence[Inputs], targets: float) -> Tensor:
+        self.state.optimizer.zero_grad()
+        loss = self._backward(inputs, targets)
+        norm = self._update()
+        return torch.stack([loss, norm.to(loss)])
 
     def _backward(self, inputs: Sequence[Inputs], targets: float) -> Tensor:
         """Leave the gradient of the mean loss over all targets of the whole batch; return this process's share of it.

@@ -34,6 +34,7 @@ from spark_me.train.checkpoint import (
     restore,
     step_of,
 )
+from spark_me.train.cuda_graph import GraphedSteps
 from spark_me.train.distributed import Precision, named_failures, note_gathered
 from spark_me.train.logs import RunLog, say_stopped
 from spark_me.train.run_directory import RunDirectory, describe_environment
@@ -115,7 +116,8 @@ class Trainer:
         self.clip_norm = config.optim.clip_norm
         self.precision = Precision(config.train.precision, device)
         self.schedule = build_schedule(config.optim, config.train, task.steps_per_epoch)
-        optimizer = build_optimizer(task.model, config.optim, task.lr_scale)
+        capturable = not task.graph_obstacle
+        optimizer = build_optimizer(task.model, config.optim, task.lr_scale, capturable=capturable)
         self.state = TrainState(task.model, optimizer, self.precision.scaler)
         self.algorithms = Algorithms(device, distributed.common_store())
         self.unreadable = UnreadableFiles(
@@ -247,6 +249,8 @@ class Trainer:
         self.stepper = Stepper(
             self.task, self.state, self.schedule, self.precision, seed=seed, clip_norm=self.clip_norm
         )
+        if not self.task.graph_obstacle:
+            self.stepper.compute = GraphedSteps(self.stepper.compute, self.state).take
         self.taken: deque[tuple[Taken, float]] = deque()
         """Steps that are not reported yet, with the seconds that their images were waited for."""
         source = iter(self.task.batches(self._share(), self.unreadable.most))
