@@ -65,6 +65,11 @@ class Readback:
         return self._values.tolist()
 
 
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16 for oneDNN: those with AVX-512 or AMX do."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
     """Within, float32 products on a GPU take TF32, or are float32's own."""

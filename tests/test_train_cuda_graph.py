@@ -46,8 +46,9 @@ class Task:
 
 
 @pytest.fixture(autouse=True)
-def as_on_a_gpu():
-    """Algorithms that GPUs have, too: the CPU's own counts pairs of neighbours."""
+def as_on_a_gpu(monkeypatch):
+    """Algorithms that GPUs have, too: the CPU's own counts pairs of neighbours. And bf16 is bf16."""
+    monkeypatch.setattr("spark_me.train.distributed.cpu_multiplies_bfloat16", lambda: True)
     with sparse.choose("tiles", "dense"):
         yield
 

@@ -111,6 +111,25 @@ def test_tf32_needs_a_gpu() -> None:
     assert device_of_process("cpu") == CPU
 
 
+@pytest.mark.parametrize("has_products", [True, False])
+def test_a_run_in_bf16_where_the_cpu_has_its_products_else_in_float32(
+    has_products: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("spark_me.train.distributed.cpu_multiplies_bfloat16", lambda: has_products)
+    config = write_config(tmp_path / "tiny.yaml", write_images(tmp_path / "images"), encoder=SMALL, epochs=1)
+    weights = []
+    for precision in ("bf16", "fp32"):
+        assert (
+            cli.main(["pretrain", str(config), f"run.dir={tmp_path / precision}", f"train.precision={precision}"]) == 0
+        )
+        weights.append(newest(tmp_path / precision)["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0]) != has_products
+    said = capsys.readouterr().out.count(
+        "this CPU has no products of bfloat16 (AVX-512 or AMX): it computes in float32"
+    )
+    assert said == (not has_products)
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
 def test_a_gpu_is_made_the_current_one_by_its_number(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     current: list[int] = []

@@ -83,7 +83,7 @@ class TrainConfig:
     Example: 4."""
     precision: str = "fp32"
     """fp32; tf32 for its products (CUDA only); bf16 or fp16 (with a scaled loss) by autocast, weights in float32.
-    Example: bf16."""
+    CPUs without AVX-512 compute bf16 in float32. Example: bf16."""
 
     def rules(self) -> Iterator[Rule]:
         """Every range check, in the order of the keys."""

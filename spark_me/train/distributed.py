@@ -15,7 +15,7 @@ from torch.distributed import DistError, PrefixStore, Store
 
 from spark_me.data.loaders import death_of_worker
 from spark_me.data.unreadable import UnreadableFiles
-from spark_me.devices import device_name, float32_products, pick_device
+from spark_me.devices import cpu_multiplies_bfloat16, device_name, float32_products, pick_device
 from spark_me.errors import UserError, first_line
 
 
@@ -194,12 +194,18 @@ def _together() -> bool:
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+IN_FLOAT32 = "this CPU has no products of bfloat16 (AVX-512 or AMX): it computes in float32"
+
 SMALLEST_SCALE = 1e-4
 """Of fp16's loss: below it no gradient is left to save, the run diverges."""
 
 
 class Precision:
-    """`train.precision` on a device."""
+    """`train.precision` on a device.
+
+    Attributes:
+        remark: what is otherwise than asked for, for people; empty if nothing is.
+    """
 
     def __init__(self, name: str, device: torch.device) -> None:
         """
@@ -210,7 +216,11 @@ class Precision:
             raise UserError(f"train.precision=tf32 needs a CUDA GPU, not {device}: use fp32 or bf16")
         self.name = name
         self.device = device
-        self.autocast = torch.autocast(device.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST)
+        # Elsewhere torch has loops for them, many times slower than float32 (docs/benchmarks.md).
+        in_float32 = name == "bf16" and device.type == "cpu" and not cpu_multiplies_bfloat16()
+        self.remark = f"{IN_FLOAT32}, as train.precision=fp32" if in_float32 else ""
+        enabled = name in AUTOCAST and not in_float32
+        self.autocast = torch.autocast(device.type, AUTOCAST.get(name, torch.bfloat16), enabled=enabled)
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def products(self) -> AbstractContextManager:

@@ -183,6 +183,8 @@ class Trainer:
             if distributed.is_main():
                 space = self.require_space()
                 say_beginning(self.run, self.schedule, start, self.state.step)
+                if self.precision.remark:
+                    print(self.precision.remark)
                 print(space, flush=True)
         complete = self.train()
         if distributed.is_main():
