@@ -105,7 +105,7 @@ def test_repeated_steps_are_the_steps_bit_by_bit(encoder, options, shallow):
     repeat = steps._repeat
     steps._repeat = lambda inputs: replays.append(len(inputs)) or repeat(inputs)
     actual = run(stepper)
-    assert not steps.obstacle and len(replays) == STEPS - cuda_graph.WARM_UP - 1  # one of them the trial
+    assert not steps.obstacle and len(replays) == STEPS - cuda_graph.WARM_UP + 1  # one of them the trial
     assert actual[0] == expected[0]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual[1], expected[1], strict=True))
 
@@ -119,7 +119,7 @@ def test_on_a_gpu_a_graph_takes_the_steps(encoder, precision):
     steps = GraphedSteps(stepper.compute, stepper.state)
     stepper.compute = steps.take
     actual, _ = run(stepper)
-    assert steps._proven and not steps.obstacle
+    assert steps._replay and not steps.obstacle
     assert torch.tensor(actual).sub(torch.tensor(expected)).abs().max() < 5e-2
 
 
@@ -127,7 +127,7 @@ def test_micro_batches_are_one_graph():
     expected, stepper = run(stepper_of(SMALL), micro_batches=2), stepper_of(SMALL)
     steps = graphed(stepper)
     actual = run(stepper, micro_batches=2)
-    assert steps._proven and actual[0] == expected[0]
+    assert steps._replay and actual[0] == expected[0]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(actual[1], expected[1], strict=True))
 
 
@@ -138,7 +138,7 @@ def test_a_smaller_batch_goes_without_the_graph_and_the_next_with_it():
         steps = graphed(stepper) if with_graph else None
         first = run(stepper)
         smaller = run(stepper, steps=1, images=2)
-        assert steps is None or (steps._proven and not steps.obstacle)
+        assert steps is None or (steps._replay and not steps.obstacle)
         results.append((first, smaller, run(stepper, steps=2)))
     for ours, theirs in zip(results[1], results[0], strict=True):
         assert ours[0] == theirs[0]
@@ -183,7 +183,7 @@ def test_a_graph_that_would_repeat_something_old_is_not_used(fault, caplog):
     steps = graphed(stepper)
     with caplog.at_level(logging.WARNING):
         actual = run(stepper, steps=cuda_graph.WARM_UP + 3)
-    assert steps.obstacle and not steps._proven
+    assert steps.obstacle and not steps._replay
     (message,) = (record.message for record in caplog.records)
     assert message.startswith("the run goes on without a CUDA graph (train.cuda_graph): ")
     assert actual[0][: cuda_graph.WARM_UP] == expected[0][: cuda_graph.WARM_UP]

@@ -7,7 +7,8 @@ once more before the graph is used, on a batch, rates and a seed that it was not
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def capture_on_gpu(compute: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], 
 
 
 class GraphedSteps:
-    """Takes steps: at first as they come, then one is captured, tried on the next batch, and replayed from there on."""
+    """Takes steps: at first as they come; then one is captured, tried on another batch, and repeated from there on."""
 
     def __init__(self, compute: Compute, state: TrainState, capture: Capture = capture_on_gpu) -> None:
         """
@@ -59,7 +60,6 @@ class GraphedSteps:
         self._capture = capture
         self._taken = 0
         self._replay: Callable[[], None] | None = None
-        self._proven = False
 
     def take(self, inputs: Sequence[Inputs], targets: float) -> Tensor:
         """Take a step; return its loss and norm, float64 [2].
@@ -69,65 +69,60 @@ class GraphedSteps:
             targets: how many there are in those of all processes.
         """
         self._taken += 1
-        if self._taken > WARM_UP and not self.obstacle:
+        if self._taken == WARM_UP:
+            self._inputs = [Inputs(tuple(tensor.clone() for tensor in one.tensors), one.targets) for one in inputs]
+            self._geometry = _geometry(inputs, targets)
+        if self._taken <= WARM_UP or self.obstacle or _geometry(inputs, targets) != self._geometry:
+            return self._compute(inputs, targets)
+        if self._replay is None:
             try:
-                if self._replay is None:
-                    self._record(inputs, targets)
-                elif _geometry(inputs, targets) == self._recorded:
-                    if self._proven:
-                        return self._repeat(inputs)
-                    self._prove(inputs, targets)
+                self._record(inputs, targets)
             except (RuntimeError, GraphError) as error:
                 self._give_up(first_line(error))
-        return self._compute(inputs, targets)
+                return self._compute(inputs, targets)
+        return self._repeat(inputs)
 
     def _record(self, inputs: Sequence[Inputs], targets: float) -> None:
-        self._recorded = _geometry(inputs, targets)
-        self._inputs = [Inputs(tuple(tensor.clone() for tensor in one.tensors), one.targets) for one in inputs]
-        self._state.optimizer.zero_grad()  # the graph's gradients lie in memory of its own
-        self._values, self._replay = self._capture(lambda: self._compute(self._inputs, targets))
+        """Capture a step on the batch of an earlier one and try it on this one; leave all as it was.
 
-    def _repeat(self, inputs: Sequence[Inputs]) -> Tensor:
-        assert self._replay is not None
-        for static, one in zip(self._inputs, inputs):
-            for place, tensor in zip(static.tensors, one.tensors):
-                place.copy_(tensor)
-        self._replay()
-        return self._values.clone()  # the next step overwrites them
-
-    def _prove(self, inputs: Sequence[Inputs], targets: float) -> None:
-        """Take a step at other rates twice, without the graph and with it; leave all as it was.
+        The trial is a step at other rates, without the graph and with it. Without comes first: its memory is free when
+        the graph takes its own.
 
         Raises:
+            RuntimeError: if it cannot be captured.
             GraphError: if the two differ.
         """
         tensors, rates, random = _changing(self._state), _rates(self._state), _random_state(inputs)
         before = [tensor.clone() for tensor in tensors]
-        for rate in rates:
-            rate.mul_(2)
         try:
-            values = self._compute(inputs, targets)
+            with _doubled(rates):
+                values = self._compute(inputs, targets)
             without = [tensor.clone() for tensor in tensors]
             _restore(tensors, before, random)
-            repeated = self._repeat(inputs)
-            model = self._state.model
-            number = sum(1 for _ in model.parameters())
-            error = max(
-                _difference(tensors[part], without[part], before[part])
-                for part in (slice(number), slice(number, number + sum(1 for _ in model.buffers())))
-            )
+            self._state.optimizer.zero_grad()
+            self._values, self._replay = self._capture(lambda: self._compute(self._inputs, targets))
+            with _doubled(rates):
+                repeated = self._repeat(inputs)
+            parameters = sum(1 for _ in self._state.model.parameters())
+            buffers = parameters + sum(1 for _ in self._state.model.buffers())
+            parts = slice(parameters), slice(parameters, buffers)
+            off = max(_difference(tensors[part], without[part], before[part]) for part in parts)
         finally:
             _restore(tensors, before, random)
-            for rate in rates:
-                rate.div_(2)
-        of_values = ((repeated - values).abs() / values.abs()).max().item()
-        if not (error <= TOLERANCE and of_values <= SAME_LOSS):
-            raise GraphError(f"in a trial its step was off by {error:.2g}, its loss or gradient by {of_values:.2g}")
-        self._proven = True
+        off_values = ((repeated - values).abs() / values.abs()).max().item()
+        if not (off <= TOLERANCE and off_values <= SAME_LOSS):
+            raise GraphError(f"in a trial its step was off by {off:.2g}, its loss or gradient by {off_values:.2g}")
+
+    def _repeat(self, inputs: Sequence[Inputs]) -> Tensor:
+        assert self._replay is not None
+        for static, one in zip(self._inputs, inputs):
+            torch._foreach_copy_([*static.tensors], [*one.tensors])
+        self._replay()
+        return self._values.clone()  # the next step overwrites them
 
     def _give_up(self, reason: str) -> None:
         self.obstacle = reason
-        self._replay = None
+        self._replay = None  # with its memory
         self._state.optimizer.zero_grad()
         _log.warning("the run goes on without a CUDA graph (train.cuda_graph): %s", reason)
 
@@ -152,6 +147,15 @@ def _changing(state: TrainState) -> list[Tensor]:
 def _rates(state: TrainState) -> list[Tensor]:
     values = [group[key] for group in state.optimizer.param_groups for key in ("lr", "weight_decay")]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+@contextmanager
+def _doubled(rates: list[Tensor]) -> Iterator[None]:
+    torch._foreach_mul_(rates, 2)
+    try:
+        yield
+    finally:
+        torch._foreach_div_(rates, 2)
 
 
 def _random_state(inputs: Sequence[Inputs]) -> tuple[Tensor, Tensor | None]:
