@@ -40,6 +40,9 @@ class ImagesConfig:
     of the epoch, as the published recipes do."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    draft: bool = True
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the random crop still has as many pixels as it is resized to;
+    false: always wholly. Which crops are drawn does not depend on it, their pixels do slightly."""
     interpolation: str = "bicubic"
     """How images are resized: bicubic or bilinear, antialiased."""
     workers: int = 4

@@ -34,6 +34,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """What brings an image of each orientation upright."""
+TURNED, FROM_BELOW, FROM_THE_RIGHT = (5, 6, 7, 8), (3, 4, 7, 8), (2, 3, 6, 7)
+"""Orientations by which rows become columns; of which, then, rows or columns are reversed."""
 
 
 KEY_SCALES = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
@@ -56,18 +58,24 @@ def upright(image: Image.Image) -> Image.Image:
 
     Pillow itself turns TIFF and AVIF, and then reports no orientation.
     """
-    try:
-        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # damaged EXIF data, of which any error may come, says nothing
-        return image
+    turn = TURNS.get(orientation_of(image))
     return image if turn is None else image.transpose(turn)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """1 to 8; 1 is upright."""
+    try:
+        orientation: int = image.getexif().get(ORIENTATION, 1)
+        return orientation if orientation in TURNS else 1
+    except Exception:  # damaged EXIF data, of which any error may come, says nothing
+        return 1
 
 
 def upright_array(array: np.ndarray, orientation: int) -> np.ndarray:
     """Pixels [H, W, C] as they were held, for a TIFF's orientation of 1 to 8."""
-    if orientation in (5, 6, 7, 8):
+    if orientation in TURNED:
         array = array.swapaxes(0, 1)
-    return array[:: -1 if orientation in (3, 4, 7, 8) else 1, :: -1 if orientation in (2, 3, 6, 7) else 1]
+    return array[:: -1 if orientation in FROM_BELOW else 1, :: -1 if orientation in FROM_THE_RIGHT else 1]
 
 
 def on_background(image: Image.Image, mode: str) -> Image.Image:

@@ -1,14 +1,14 @@
 """Data sets over images. Samples depend on (seed, epoch, index) alone; unreadable images travel as records."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from spark_me.data.class_folders import Labelled
-from spark_me.data.reading import Encoded, Item, Items, Picture, read_image
+from spark_me.data.reading import Encoded, Item, Items, Picture, Reduced, Reduction, read_image, read_reduced
 from spark_me.data.sampler import CROP, seed_of
 from spark_me.data.transforms import Crop, LabelledTransform
 from spark_me.data.unreadable import UnreadableImage
@@ -79,26 +79,29 @@ class Reader:
 
     def __init__(
         self,
-        transform: Callable[[Picture], Crop],
+        transform: Callable[[Any], Crop],
         *,
         seed: int,
         channels: int = 3,
         nodata: float | None = None,
         masks: Masks | None = None,
+        reduction: Reduction | None = None,
     ) -> None:
         """
         Args:
-            transform: draws from torch's default generator.
+            transform: of a picture, drawing from torch's default generator.
             seed: the run's seed.
             channels: 3 for RGB, 1 for grey, or what the images have.
             nodata: the stored value of pixels without data.
             masks: which masks are drawn, if any.
+            reduction: how much smaller an image may be decoded for the crop that `transform` would draw now.
         """
         self.transform = transform
         self.seed = seed
         self.channels = channels
         self.nodata = nodata
         self.masks = masks
+        self.reduction = reduction
 
     def crop(self, item: Item, epoch: int, index: int) -> Crop:
         """What the model sees of an image as sample `index` of `epoch`.
@@ -106,10 +109,12 @@ class Reader:
         Raises:
             UnreadableImage: if it cannot be used.
         """
-        picture = self.read(item)
+        seed = seed_of(CROP, self.seed, epoch, index)
         # The transforms draw from torch's default CPU generator, which must come out of this as it went in.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_of(CROP, self.seed, epoch, index))
+            torch.default_generator.manual_seed(seed)
+            picture = self.read(item)
+            torch.default_generator.manual_seed(seed)  # the reduction is that of the crop which is drawn now
             crop = self.transform(picture)
         if self.masks is None:
             return crop
@@ -117,9 +122,11 @@ class Reader:
         (visible,) = draw_visible_of_samples(self.seed, epoch, [index], *self.masks, valid)
         return crop._replace(visible=visible)
 
-    def read(self, item: Item) -> Picture:
-        """The whole image."""
-        return read_image(item, self.channels, self.nodata)
+    def read(self, item: Item) -> Picture | Reduced:
+        """The image, as large as its crop needs it."""
+        if self.reduction is None:
+            return read_image(item, self.channels, self.nodata)
+        return read_reduced(item, self.channels, self.nodata, self.reduction)
 
 
 class TrainDataset(Dataset[Sample]):
@@ -242,7 +249,7 @@ class LabelledTestDataset(HeldOutDataset):
 
 
 class CachingReader(Reader):
-    """Reads every image once, and keeps it decoded."""
+    """Reads every image once, and keeps it decoded: wholly, as every epoch has another crop."""
 
     def __init__(self, transform: LabelledTransform, *, seed: int, channels: int) -> None:
         super().__init__(transform, seed=seed, channels=channels)
@@ -251,5 +258,5 @@ class CachingReader(Reader):
     def read(self, item: Item) -> Picture:
         name = str(item)
         if name not in self._pictures:
-            self._pictures[name] = super().read(item)
+            self._pictures[name] = read_image(item, self.channels)
         return self._pictures[name]

@@ -146,7 +146,8 @@ def _reader(
     transform: Callable[..., Transform], data: DataConfig, model: ModelConfig, seed: int, masks: Masks | None = None
 ) -> Reader:
     crop = transform(data, model.image_size, model.in_channels, patch_size_of(model.encoder))
-    return Reader(crop, seed=seed, channels=model.in_channels, nodata=data.nodata, masks=masks)
+    channels, nodata = model.in_channels, data.nodata
+    return Reader(crop, seed=seed, channels=channels, nodata=nodata, masks=masks, reduction=crop.reduction)
 
 
 def labelled_train_reader(data: FinetuneDataConfig, channels: int, seed: int) -> Reader:
@@ -160,8 +161,9 @@ def labelled_test_dataset(images: Labelled, data: FinetuneDataConfig, channels: 
 
 
 def _labelled_reader(transform: LabelledTransform, data: FinetuneDataConfig, channels: int, seed: int) -> Reader:
-    reader = CachingReader if data.cache else Reader
-    return reader(transform, seed=seed, channels=channels)
+    if data.cache:
+        return CachingReader(transform, seed=seed, channels=channels)
+    return Reader(transform, seed=seed, channels=channels, reduction=transform.reduction)
 
 
 def train_loader(

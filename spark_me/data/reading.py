@@ -2,6 +2,8 @@
 
 import os
 import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -58,6 +60,8 @@ def _opens(name: str) -> bool:
 
 
 MODES = {1: "L", 3: "RGB"}
+JPEG = ("JPEG", "MPO")
+"""The second holds several, of which the first is shown."""
 BITS_PER_SAMPLE = 258
 """A TIFF's tag."""
 KINDS = {
@@ -97,6 +101,41 @@ Picture: TypeAlias = Image.Image | Tensor
 """8-bit RGB or grey, or float32 [C, H, W] with NaN in all channels of nodata pixels."""
 
 
+class Place(NamedTuple):
+    """Where the whole image lies in one that was decoded smaller."""
+
+    height: int
+    """Of the whole image as it is shown, in pixels."""
+    width: int
+    reduction: int
+    """Its pixels along each side of a pixel: 2, 4 or 8."""
+    top: float
+    """Where it begins, 0 or less than a pixel from there: its last pixels may be too few for a whole one, and turning
+    the image upright may bring these to its beginning."""
+    left: float
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A JPEG that was decoded smaller than it is stored."""
+
+    image: Image.Image
+    """8-bit RGB or grey."""
+    place: Place
+
+    def resize(self, box: Sequence[int], size: Sequence[int], resample: Image.Resampling) -> Image.Image:
+        """The box (top, left, height, width) of the whole image, resized to (H, W)."""
+        (top, left, height, width), (_, _, reduction, y, x) = box, self.place
+        edges = (left / reduction, top / reduction, (left + width) / reduction, (top + height) / reduction)
+        return self.image.resize((size[1], size[0]), resample, (x + edges[0], y + edges[1], x + edges[2], y + edges[3]))
+
+
+Reduction: TypeAlias = Callable[[int, int], int]
+"""How much smaller an image of (H, W) may be decoded: a number of `REDUCTIONS`, or 1."""
+REDUCTIONS = (8, 4, 2)
+"""What JPEG can be decoded at without computing the whole: its blocks are 8 pixels wide."""
+
+
 def read_image(item: Item, channels: int, nodata: float | None = None) -> Picture:
     """Decode an image wholly.
 
@@ -110,6 +149,33 @@ def read_image(item: Item, channels: int, nodata: float | None = None) -> Pictur
             other channels.
     """
     return to_picture(decode(item, channels), channels, nodata)
+
+
+def read_reduced(item: Item, channels: int, nodata: float | None, reduction: Reduction) -> Picture | Reduced:
+    """`read_image`, but a JPEG is decoded as much smaller as its size as it is shown allows."""
+    place: Place | None = None
+
+    def draft(image: Image.Image) -> None:
+        nonlocal place
+        place = _draft(image, reduction)
+
+    with unreadable_if_it_fails():
+        # What is judged as it is stored, pixel by pixel or by its channels, is read wholly.
+        decoded = _decode(item, channels, draft if nodata is None and channels in MODES else None)
+    picture = to_picture(decoded, channels, nodata)
+    return Reduced(picture, place) if place and isinstance(picture, Image.Image) else picture
+
+
+def _draft(image: Image.Image, reduction: Reduction) -> Place | None:
+    """Have an image that was opened decoded smaller; None if it has to be decoded wholly."""
+    orientation, (width, height) = arrays.orientation_of(image), image.size
+    shown = (width, height) if orientation in arrays.TURNED else (height, width)
+    times = reduction(*shown)
+    if times == 1 or image.draft(None, (width // times, height // times)) is None:
+        return None
+    top, left = (-side % times / times for side in shown)
+    from_below, from_the_right = orientation in arrays.FROM_BELOW, orientation in arrays.FROM_THE_RIGHT
+    return Place(*shown, times, top * from_below, left * from_the_right)
 
 
 def to_picture(decoded: Image.Image | np.ndarray, channels: int, nodata: float | None = None) -> Picture:
@@ -159,7 +225,7 @@ def decode(item: Item, channels: int) -> Image.Image | np.ndarray:
         return _decode(item, channels)
 
 
-def _decode(item: Item, channels: int) -> Image.Image | np.ndarray:
+def _decode(item: Item, channels: int, draft: Callable[[Image.Image], None] | None = None) -> Image.Image | np.ndarray:
     if isinstance(item, Path):
         _require_regular(item)
     content = item.content if isinstance(item, Encoded) else item
@@ -173,7 +239,7 @@ def _decode(item: Item, channels: int) -> Image.Image | np.ndarray:
     if name.endswith(TIFF) and channels not in MODES:
         return arrays.read_tiff(content, channels)
     try:
-        return _decode_by_pillow(content, channels)
+        return _decode_by_pillow(content, channels, draft)
     except _NotForPillow as reason:
         if name.endswith(TIFF):
             return arrays.read_tiff(content, channels)
@@ -191,7 +257,9 @@ class _NotForPillow(Exception):
     """Pillow does not know the format, or would clip or truncate the pixels."""
 
 
-def _decode_by_pillow(content: Path | bytes, channels: int) -> Image.Image | np.ndarray:
+def _decode_by_pillow(
+    content: Path | bytes, channels: int, draft: Callable[[Image.Image], None] | None
+) -> Image.Image | np.ndarray:
     source = BytesIO(content) if isinstance(content, bytes) else content
     try:
         with Image.open(source, formats=pillow_formats()) as image:
@@ -200,6 +268,8 @@ def _decode_by_pillow(content: Path | bytes, channels: int) -> Image.Image | np.
                 return arrays.with_channels(arrays.grey16_on_background(arrays.upright(image)))
             if image.mode.startswith(("I", "F")) or max(bits) > 8:
                 raise _NotForPillow(f"pixels are not 8 bits (mode {image.mode})")
+            if draft is not None and image.format in JPEG:
+                draft(image)
             arrays.load(image)
             return image
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from spark_me.config.data import DataConfig, FinetuneDataConfig, Statistics, statistics_of
-from spark_me.data.reading import Picture
+from spark_me.config.data import DataConfig, FinetuneDataConfig, ImagesConfig, Statistics, statistics_of
+from spark_me.data.reading import REDUCTIONS, Picture, Reduced, Reduction
 from spark_me.data.unreadable import UnreadableImage
 from spark_me.devices import copy_to
 from spark_me.masking import MIN_VALID
@@ -38,6 +38,37 @@ class Crop(NamedTuple):
     """bool [fh, fw], the patches that are not hidden; None where no mask is drawn."""
 
 
+class RandomCrop(v2.RandomResizedCrop):
+    """torchvision's, also of images that were decoded smaller: it is drawn from the size of the whole."""
+
+    def __init__(self, data: ImagesConfig, size: int | Sequence[int]) -> None:
+        """`size`: the side of a square, or (H, W)."""
+        smallest, largest = data.crop_scale
+        super().__init__(
+            size, scale=(smallest, largest), interpolation=InterpolationMode(data.interpolation), antialias=True
+        )
+        self.reduction: Reduction | None = self._reduction if data.draft else None
+        """How much smaller an image may be decoded for the crop that would be drawn now."""
+
+    def forward(self, picture: Picture | Reduced) -> Picture:
+        """Crop an image or a tensor [C, H, W], and resize."""
+        if isinstance(picture, Reduced):
+            box = self._draw(picture.place.height, picture.place.width)
+            return picture.resize(box, self.size, RESAMPLING[self.interpolation.value])
+        crop: Picture = super().forward(picture)
+        return crop
+
+    def _draw(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(top, left, height, width)"""
+        box = self.make_params([torch.empty(0, height, width)])
+        return box["top"], box["left"], box["height"], box["width"]
+
+    def _reduction(self, height: int, width: int) -> int:
+        _, _, *sides = self._draw(height, width)
+        most = min(side // resized for side, resized in zip(sides, self.size))
+        return next((reduction for reduction in REDUCTIONS if reduction <= most), 1)
+
+
 class Transform:
     """Crops, normalises, and finds the patches that have data."""
 
@@ -50,6 +81,7 @@ class Transform:
         attempts: int,
         *,
         as_bytes: bool = False,
+        reduction: Reduction | None = None,
     ) -> None:
         """
         Args:
@@ -59,6 +91,7 @@ class Transform:
             patch_size: P, the side of the patches that are judged by their data.
             attempts: how often to crop until there is enough data; more than 1 for random crops.
             as_bytes: leave 8-bit images as uint8, a quarter of the bytes, for `Normalise` to finish.
+            reduction: of `RandomCrop`, if that is part of the geometry.
         """
         mean, std = statistics_of(data, channels)
         self.normalise = v2.Compose(
@@ -70,14 +103,15 @@ class Transform:
         self.patch_size = patch_size
         self.attempts = attempts
         self.as_bytes = as_bytes
+        self.reduction = reduction
 
-    def __call__(self, picture: Picture) -> Crop:
+    def __call__(self, picture: Picture | Reduced) -> Crop:
         """Crop a picture.
 
         Raises:
             UnreadableImage: if too few patches of any crop have data, or values overflow.
         """
-        if self.as_bytes and isinstance(picture, Image.Image):
+        if self.as_bytes and not isinstance(picture, Tensor):
             return Crop(v2.functional.pil_to_tensor(self.geometry(picture)), None)
         if not self.nodata:
             return Crop(require_moderate(self.normalise(self.geometry(picture)), picture), None)
@@ -105,7 +139,7 @@ class Transform:
         return torch.cat([filled, torch.where(without_data, torch.nan, 0.0)])
 
 
-def require_moderate(image: Tensor, picture: Picture) -> Tensor:
+def require_moderate(image: Tensor, picture: Picture | Reduced) -> Tensor:
     """The normalised image [C, H, W] of a picture, if a network can compute with it.
 
     Raises:
@@ -185,14 +219,9 @@ def train_transform(
     data: DataConfig, image_size: Sequence[int], channels: int = 3, patch_size: int = 32, *, as_bytes: bool = False
 ) -> Transform:
     """Random resized crop and flip, drawn from torch's default generator."""
-    crop = v2.RandomResizedCrop(
-        list(image_size),
-        scale=(data.crop_scale[0], data.crop_scale[1]),
-        interpolation=InterpolationMode(data.interpolation),
-        antialias=True,
-    )
+    crop = RandomCrop(data, list(image_size))
     geometry = v2.Compose([crop, v2.RandomHorizontalFlip(data.flip)])
-    return Transform(geometry, data, channels, patch_size, ATTEMPTS, as_bytes=as_bytes)
+    return Transform(geometry, data, channels, patch_size, ATTEMPTS, as_bytes=as_bytes, reduction=crop.reduction)
 
 
 def held_out_transform(
@@ -254,7 +283,12 @@ class LabelledTransform:
     """Augments and normalises; draws from torch's default generator."""
 
     def __init__(
-        self, steps: Sequence[Callable], data: FinetuneDataConfig, channels: int, erasing: float = 0.0
+        self,
+        steps: Sequence[Callable],
+        data: FinetuneDataConfig,
+        channels: int,
+        erasing: float = 0.0,
+        reduction: Reduction | None = None,
     ) -> None:
         """
         Args:
@@ -262,29 +296,26 @@ class LabelledTransform:
             data: with the statistics of the channels.
             channels: C.
             erasing: probability that a rectangle becomes noise.
+            reduction: of `RandomCrop`, if that is the first step.
         """
         mean, std = statistics_of(data, channels)
         erase = [v2.RandomErasing(erasing, scale=ERASED, value="random")] if erasing else []
         normalise = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         self.apply = v2.Compose([*steps, *normalise, *erase, v2.ToPureTensor()])
+        self.reduction = reduction
 
-    def __call__(self, picture: Picture) -> Crop:
+    def __call__(self, picture: Picture | Reduced) -> Crop:
         return Crop(require_moderate(self.apply(picture), picture), None)
 
 
 def augmentation(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
     """Random resized crop and flip; TrivialAugmentWide and erasing as the configuration has them."""
     assert data.train_crop is not None  # settled with the weights
-    crop = v2.RandomResizedCrop(
-        data.train_crop,
-        scale=(data.crop_scale[0], data.crop_scale[1]),
-        interpolation=InterpolationMode(data.interpolation),
-        antialias=True,
-    )
+    crop = RandomCrop(data, data.train_crop)
     steps = [crop, v2.RandomHorizontalFlip(data.flip)]
     if data.trivial_augment:
         steps.append(v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR))
-    return LabelledTransform(steps, data, channels, data.erasing)
+    return LabelledTransform(steps, data, channels, data.erasing, crop.reduction)
 
 
 def centre_crop(data: FinetuneDataConfig, channels: int) -> LabelledTransform:
