@@ -1,8 +1,12 @@
 """The order of images in shards: permutations, partition, resume, replacement."""
 
+import gzip
 import io
+import os
 import tarfile
 from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ from tiny_runs import SMALL
 from spark_me.config.data import DataConfig
 from spark_me.config.loading import load_config
 from spark_me.config.tasks import PretrainConfig
+from spark_me.data import shards
 from spark_me.data.files import find_files
 from spark_me.data.loaders import train_loader, train_reader
 from spark_me.data.sampler import Share
@@ -83,6 +88,57 @@ def test_resuming_at_any_step_continues_the_same_sequence(pattern: str, world_si
             rest = sampler(pattern, rank=rank, world_size=world_size, first_step=step)
             assert list(rest) == whole[step:]
             assert len(rest) == len(whole) - step
+
+
+class CountingFile(io.FileIO):
+    """A file that counts the bytes which are read of all of them."""
+
+    read_in_all = 0
+    opened = 0
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        CountingFile.opened += 1
+
+    def readinto(self, buffer: bytearray) -> int:
+        count = super().readinto(buffer)
+        CountingFile.read_in_all += count
+        return count
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterable], tuple[list, int]]:
+    """All values of an iterable, and how many bytes of shards were read for them."""
+    monkeypatch.setattr(shards, "open", lambda path, mode: io.BufferedReader(CountingFile(path)), raising=False)
+
+    def count(values: Iterable) -> tuple[list, int]:
+        CountingFile.read_in_all = CountingFile.opened = 0
+        return list(values), CountingFile.read_in_all
+
+    return count
+
+
+@pytest.mark.parametrize("kind", ["tar", "gz", "pipe"])
+def test_resuming_reads_no_image_again_where_it_can_seek(tmp_path: Path, kind: str, counted: Callable) -> None:
+    size, urls = 200_000, []
+    for shard in range(4):
+        members = {f"{10 * shard + place}.png": os.urandom(size) for place in range(10)}
+        write_shard(tmp_path / f"{shard}.tar", {**members, f"{shard}.txt": os.urandom(size)})
+        if kind == "gz":
+            (tmp_path / f"{shard}.tar").write_bytes(gzip.compress((tmp_path / f"{shard}.tar").read_bytes(), 0))
+        urls.append("pipe:cat " * (kind == "pipe") + f"{tmp_path}/{shard}.tar")
+    share = partial(Share, 4, 20, seed=0)
+    whole, read = counted(ShardSampler(Shards(urls, 40), share(), repeats=1, buffer=8))
+    others = 20_000 * 44 * 2  # headers, and what is read with them
+    assert kind == "pipe" or 80 * size <= read <= 88 * size + others
+    for step in (1, 4, 9, 10, 15):
+        rest, read = counted(ShardSampler(Shards(urls, 40), share(first_step=step), repeats=1, buffer=8))
+        assert rest == whole[step:]
+        if kind == "tar":
+            assert 4 * (20 - step) * size <= read <= 4 * (20 - step) * size + others
+            assert CountingFile.opened <= 2 * 4 + 8  # shards of two epochs, and what was in the buffer
+        elif kind == "gz" and step % 10:
+            assert read > 4 * (20 - step) * size + 4 * step % 40 * size
 
 
 def test_processes_read_different_shards(pattern: str) -> None:

@@ -7,7 +7,7 @@ import lzma
 import re
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -228,8 +228,8 @@ class Archive:
 
 
 def open_stream(stream: Stream) -> BinaryIO:
-    """What a stream holds, decompressed if it is compressed by gzip, bzip2 or xz."""
-    file = io.BufferedReader(_Raw(stream), CHUNK)
+    """What a stream holds, decompressed if it is compressed by gzip, bzip2 or xz; itself if it is a plain file."""
+    file = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(_Raw(stream), CHUNK)
     beginning = file.peek(8)
     opener = next((opener for magic, opener in OPENERS.items() if beginning.startswith(magic)), None)
     return file if opener is None else opener(file)  # type: ignore[operator]
@@ -297,6 +297,28 @@ LARGEST_IMAGE = 1 << 30
 """Bytes. A shuffle buffer holds many images, and the file of a larger one is above every other limit, too."""
 
 
+class Stored(NamedTuple):
+    """An image in a local shard that is not compressed."""
+
+    name: str
+    path: str
+    """The shard's."""
+    offset: int
+    size: int
+    """Bytes."""
+
+    def read(self) -> Encoded:
+        """The image; a shard that went away or was cut off makes an unreadable one."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                content = file.read(self.size)
+        except OSError as error:  # it was there when the images were counted
+            return Encoded(self.name, UnreadableImage(reason_of(error)))
+        whole = len(content) == self.size
+        return Encoded(self.name, content if whole else UnreadableImage("its shard was cut off"))
+
+
 @dataclass(frozen=True)
 class Shards:
     """Tar shards in a fixed order, to be read from their beginnings."""
@@ -311,8 +333,12 @@ class Shards:
     def __len__(self) -> int:
         return self.samples
 
-    def read(self, shard: int) -> Iterator[Encoded]:
+    def read(self, shard: int, later: Callable[[], bool] = lambda: False) -> Iterator[Encoded | Stored]:
         """The images of one shard in its order.
+
+        Args:
+            shard: which one.
+            later: asked at each image whether only its place is wanted. What cannot be sought in is read all the same.
 
         Raises:
             UserError: if it cannot be read to its end.
@@ -321,9 +347,14 @@ class Shards:
         count = 0
         try:
             with _opened(url) as stream:
-                archive = Archive(open_stream(stream))
+                file = open_stream(stream)
+                archive = Archive(file)
                 for member in _images(archive, self.image_key):
-                    yield Encoded(f"{url}/{member.name}", archive.read(member))
+                    name = f"{url}/{member.name}"
+                    if file is stream and later():
+                        yield Stored(name, url, member.offset, member.size)
+                    else:
+                        yield Encoded(name, archive.read(member))
                     count += 1
         except READING_ERRORS as error:
             raise UserError(
@@ -333,7 +364,7 @@ class Shards:
 
     def __iter__(self) -> Iterator[Encoded]:
         for shard in range(len(self.urls)):
-            yield from self.read(shard)
+            yield from self.read(shard)  # type: ignore[misc]
 
 
 class TarImages:
@@ -361,15 +392,9 @@ class TarImages:
         return len(self._offset)
 
     def __getitem__(self, index: int, /) -> Encoded:
-        path, size = self.paths[self._shard[index]], int(self._size[index])
+        path = self.paths[self._shard[index]]
         name = f"{path}/{self._names[index]}"
-        try:
-            with open(path, "rb") as file:
-                file.seek(self._offset[index])
-                content = file.read(size)
-        except OSError as error:  # it was there when the images were counted
-            return Encoded(name, UnreadableImage(reason_of(error)))
-        return Encoded(name, content if len(content) == size else UnreadableImage("its shard was cut off"))
+        return Stored(name, path, int(self._offset[index]), int(self._size[index])).read()
 
 
 def expand(root: str, key: str) -> list[str]:

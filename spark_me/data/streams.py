@@ -3,7 +3,7 @@
 import queue
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from spark_me.data.reading import Encoded
 from spark_me.data.sampler import ORDER, SHUFFLE, Share, generator_of, seed_of, steps_of_epoch
-from spark_me.data.shards import Shards
+from spark_me.data.shards import Shards, Stored
 from spark_me.errors import UserError
 
 Key = tuple[int, int, Encoded]
@@ -34,7 +34,8 @@ class ShardSampler(Sampler[list[Key]]):
         """
         Args:
             shards: at least as many as processes.
-            share: this process's; the images of the epoch's steps before its first are read again and dropped.
+            share: this process's; of the epoch's steps before its first, only the order of the images is made again
+                where the shards are local and not compressed, else they are read again and dropped.
             repeats: passes over the shards that make one epoch.
             buffer: images that the next one is drawn from.
 
@@ -65,17 +66,25 @@ class ShardSampler(Sampler[list[Key]]):
         for step in range(share.first_step, share.steps):
             if step == share.first_step or step % self.steps_per_epoch == 0:
                 epoch = step // self.steps_per_epoch
-                images = self._shuffled(epoch)
                 if skipped and share.rank == 0:
-                    print(f"reading past {skipped * self.images} images of epoch {epoch + 1} to where the run was")
-                # The buffer's content depends on all that came before.
-                next(islice(images, skipped * self.images, skipped * self.images), None)
+                    print(f"going past {skipped * self.images} images of epoch {epoch + 1} to where the run was")
+                images = self._from(epoch, skipped * self.images)
                 skipped = 0
             for _ in range(share.accumulate):
                 yield [(epoch, index, image) for index, image in islice(images, self.images // share.accumulate)]
 
-    def _shuffled(self, epoch: int) -> Iterator[tuple[int, Encoded]]:
-        """Endless (index, image) of an epoch."""
+    def _from(self, epoch: int, first: int) -> Iterator[tuple[int, Encoded]]:
+        """Endless (index, image) of an epoch, from its `first` on."""
+        passing = True
+        images = self._shuffled(epoch, lambda: passing)
+        # The buffer's content depends on all that came before, but not on what these images hold.
+        next(islice(images, first, first), None)
+        passing = False
+        for index, image in images:
+            yield index, image.read() if isinstance(image, Stored) else image
+
+    def _shuffled(self, epoch: int, later: Callable[[], bool]) -> Iterator[tuple[int, Encoded | Stored]]:
+        """Endless (index, image) of an epoch; `later` as of `Shards.read`."""
         from webdataset import shuffle
 
         order = torch.randperm(len(self.shards.urls), generator=generator_of(ORDER, self.share.seed, epoch)).tolist()
@@ -83,7 +92,7 @@ class ShardSampler(Sampler[list[Key]]):
         draws = random.Random(seed_of(SHUFFLE, self.share.seed, epoch, self.share.rank))
         for number in count():
             empty = True
-            for image in shuffle(self.buffer, initial=self.buffer, rng=draws)(self._in_order(own, number)):
+            for image in shuffle(self.buffer, initial=self.buffer, rng=draws)(self._in_order(own, number, later)):
                 empty = False
                 yield image
             if empty:
@@ -92,9 +101,11 @@ class ShardSampler(Sampler[list[Key]]):
                     f"check data.image_key={self.shards.image_key}"
                 )
 
-    def _in_order(self, own: list[int], number: int) -> Iterator[tuple[int, Encoded]]:
+    def _in_order(
+        self, own: list[int], number: int, later: Callable[[], bool]
+    ) -> Iterator[tuple[int, Encoded | Stored]]:
         for shard in own:
-            for place, image in enumerate(self.shards.read(shard)):
+            for place, image in enumerate(self.shards.read(shard, later)):
                 yield ((number * len(self.shards.urls) + shard) << 32) + place, image
 
 
