@@ -7,9 +7,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spark_me.bench.loading import DECODING, Loading, measure_loading
 from spark_me.bench.report import format_record
 from spark_me.bench.sweep import cases_of, draw_sweep, find_largest_batches, measure_each
-from spark_me.bench.timing import Advance, Record, count_units, measure
+from spark_me.bench.timing import Advance, Record, check_rounds, count_units, measure
 from spark_me.bench.workloads import SCOPES, Case, variants_of
 from spark_me.errors import UserError
 from spark_me.files import atomic_write, check_output, write_json
@@ -62,6 +63,18 @@ def bench(
     if plot is not None:
         with atomic_write(plot) as picture:
             draw_sweep(record, picture)
+
+
+def bench_loading(case: Loading, json_file: Path | None = None, *, runs: int, warmup: int) -> None:
+    """The same of the loader: `runs` and `warmup` are rounds."""
+    case.check()
+    check_rounds(runs, warmup)
+    check_output(json_file)
+    with _progress(len({*case.workers}) * len(DECODING) * (warmup + runs)) as advance:
+        record = measure_loading(case, runs=runs, warmup=warmup, advance=advance)
+    if json_file is not None:
+        write_json(json_file, record)
+    print(format_record(record))
 
 
 @contextmanager

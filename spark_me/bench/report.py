@@ -27,6 +27,8 @@ def format_record(record: Record) -> str:
         allowed = [name for name, allowed in (machine["tf32"] or {}).items() if allowed]
         lines.append(f"{machine['gpu']} · TF32 for {' and '.join(allowed) or 'nothing'}")
     height, width = case["image_size"]
+    if "workers" in case:
+        return "\n".join([*lines, *_loading_lines(record)])
     facts = {
         "encoder": case["encoder"],
         "batch": f"batch {case['batch']}",
@@ -86,6 +88,30 @@ def _scope_lines(case: Record, result: Record) -> list[str]:
     return lines
 
 
+def _loading_lines(record: Record) -> list[str]:
+    case, (result,) = record["case"], record["scopes"]
+    (height, width), photo = case["image_size"], "×".join(map(str, case["photo_size"]))
+    return [
+        f"{case['images']} images {'made, ' + photo + ' pixels' if case['root'] is None else 'of ' + case['root']}, "
+        f"crops of {height}×{width} pixels, batch {case['batch']}",
+        f"{record['runs']} interleaved runs after {record['warmup']} for warm-up",
+        "",
+        "data, the loader of pretraining",
+        *_columns([_loading_cells(row) for row in result["rows"]]),
+    ]
+
+
+def _loading_cells(row: Record) -> dict[str, str]:
+    return {
+        "workers": str(row["workers"]),
+        "decoding": row["decoding"],
+        "median s": f"{row['median']:.4f}",
+        "min–max s": f"{row['fastest']:.4f}–{row['slowest']:.4f}",
+        "images/s": f"{row['images_per_second']:.1f}",
+        "× whole": f"{row['speed_to_whole']:.2f}",
+    }
+
+
 def _sweep_lines(record: Record) -> list[str]:
     lines = []
     shares = shares_of(record["reports"])
@@ -114,7 +140,7 @@ def _columns(rows: Sequence[Mapping[str, str]]) -> list[str]:
     return [header, "-" * max(map(len, (header, *lines))), *lines]
 
 
-WORDS = ("encoder", "scope", "dtype", "backend", "runs as", "limit")
+WORDS = ("encoder", "scope", "dtype", "backend", "runs as", "limit", "images", "decoding")
 
 
 def markdown_of(files: Sequence[Path]) -> str:
@@ -151,6 +177,14 @@ def _markdown(records: Sequence[Record]) -> str:
                 where = f"{case['encoder']}, {case['dtype']}, {scope}"
                 notes += [f"- {where}, {name}: {reason}" for name, reason in result["left_out"].items()]
         lines += _markdown_table(f"{scope}, forward and backward", rows)
+    rows = [
+        _loading_facts(record["case"]) | _loading_cells(row)
+        for record in records
+        for result in record.get("scopes", ())
+        if result["scope"] == "data"
+        for row in result["rows"]
+    ]
+    lines += _markdown_table("data, the loader of pretraining", rows)
     rows = [row for record in records for row in _batch_cells(record)]
     lines += _markdown_table("largest batch that fits", rows)
     return "\n".join([*lines, *(notes if len(notes) > 1 else [])])
@@ -198,8 +232,14 @@ def _batch_cells(record: Record) -> list[dict[str, str]]:
 def _markdown_table(title: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     if not rows:
         return []
-    cells = [[*{**row, "backend": f"`{row['backend']}`"}.values()] for row in rows]
+    cells = [[f"`{text}`" if name == "backend" else text for name, text in row.items()] for row in rows]
     return ["", f"**{title}**", "", markdown_table([[*rows[0]], *cells], "<" * len(rows[0]))]
+
+
+def _loading_facts(case: Record) -> dict[str, str]:
+    sides = ("photo_size", "image_size")
+    photo, crop = ("×".join(map(str, case[key])) for key in sides)
+    return {"images": case["root"] or photo, "crop": crop, "batch": str(case["batch"])}
 
 
 def _mode(row: Record) -> str:

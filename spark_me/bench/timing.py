@@ -239,8 +239,7 @@ def measure(
     Raises:
         UserError: when memory does not suffice.
     """
-    if runs < 1 or warmup < 0:
-        raise UserError(f"--runs {runs} --warmup {warmup}: at least one run and no negative warm-up")
+    check_rounds(runs, warmup)
     results = []
     try:
         for scope in scopes:
@@ -259,6 +258,16 @@ def measure(
         raise
     counts = {"visible_patches": case.visible_patches, "patches": case.patches, "runs": runs, "warmup": warmup}
     return {**case_on_machine(case), **counts, "scopes": results}
+
+
+def check_rounds(runs: int, warmup: int) -> None:
+    """Refuse too few.
+
+    Raises:
+        UserError: saying so.
+    """
+    if runs < 1 or warmup < 0:
+        raise UserError(f"--runs {runs} --warmup {warmup}: at least one run and no negative warm-up")
 
 
 def _ready(case: Case, scope: str, variants: Sequence[Variant], memory: bool, advance: Advance) -> Trials:

@@ -14,7 +14,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand to those of `spark-me`."""
     parser = commands.add_parser("bench", help="time and memory of sparse against dense, side by side")
     add = parser.add_argument
-    add("--scope", choices=("encoder", "step", "both"), help="default: both; for a sweep or --largest-batch encoder")
+    add("--scope", choices=("encoder", "step", "both", "data"),
+        help="default: both; for a sweep or --largest-batch encoder; data: how fast images are loaded")  # fmt: skip
     add("--encoder", default="resnet50")
     add("--batch", type=int, default=8)
     add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
@@ -38,10 +39,29 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     other.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print files of --json as Markdown")
     add("--values", type=float, nargs="+", help="the sweep's values")
     add("--plot", type=Path, metavar="FILE.png", help="draw the sweep")
-    parser.set_defaults(run=_bench, group="train")
+    add("--workers", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="of --scope data; default: 0 1 2")
+    add("--root", metavar="DIR", help="of --scope data: a folder of images; default: photos that are made")
+    add("--photo-size", type=int, nargs="+", default=[375, 500], metavar="PIXELS", help="of these; default: 375 500")
+    parser.set_defaults(run=lambda args: _bench(parser, args), group="train")
 
 
-def _bench(args: argparse.Namespace) -> None:
+OF_LOADING = {"workers": "--workers", "root": "--root", "photo_size": "--photo-size"}
+OF_PASSES = {
+    **{name: f"--{name.replace('_', '-')}" for name in (
+        "encoder", "mask_ratio", "decoder", "decoder_width", "backends", "device", "dtype", "sweep", "largest_batch",
+        "values", "plot",
+    )},
+    "memory": "--no-memory",
+    "compiled": "--no-compile",
+}  # fmt: skip
+"""Options of `bench` that belong to one kind of scope."""
+
+
+def _bench(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    loading = args.scope == "data"
+    for name, option in (OF_PASSES if loading else OF_LOADING).items():
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"{option} {'is not for' if loading else 'is for'} --scope data: leave it out")
     if args.sweep is None and (args.plot is not None or args.values is not None):
         raise UserError("--plot and --values belong to a sweep: add --sweep mask_ratio, batch or image_size")
     if args.largest_batch and args.scope == "both":
@@ -50,6 +70,13 @@ def _bench(args: argparse.Namespace) -> None:
         from spark_me.bench.report import markdown_of
 
         print(markdown_of(args.table))
+        return
+    if loading:
+        from spark_me.bench import Loading, bench_loading
+
+        size, photo = image_size(args.image_size), image_size(args.photo_size, "--photo-size")
+        loader = Loading(tuple(args.workers), args.batch, size, args.root, photo)
+        bench_loading(loader, args.json, runs=args.runs, warmup=args.warmup)
         return
     from spark_me.bench import Case, bench
     from spark_me.devices import device_name

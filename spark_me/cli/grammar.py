@@ -73,14 +73,14 @@ def _call(function: str, args: argparse.Namespace) -> int | None:
     return code
 
 
-def image_size(sides: Sequence[int]) -> tuple[int, int]:
-    """(H, W) of what `--image-size` was given.
+def image_size(sides: Sequence[int], option: str = "--image-size") -> tuple[int, int]:
+    """(H, W) of what an option was given.
 
     Raises:
         UserError: for more than two numbers.
     """
     if len(sides) > 2:
-        raise UserError(f"--image-size {' '.join(map(str, sides))}: give the side of a square, or H and W")
+        raise UserError(f"{option} {' '.join(map(str, sides))}: give the side of a square, or H and W")
     return sides[0], sides[-1]
 
 
