@@ -11,7 +11,7 @@ from spark_me.bench.loading import DECODING, Loading, measure_loading
 from spark_me.bench.report import format_record
 from spark_me.bench.sweep import cases_of, draw_sweep, find_largest_batches, measure_each
 from spark_me.bench.timing import Advance, Record, check_rounds, count_units, measure
-from spark_me.bench.workloads import SCOPES, Case, variants_of
+from spark_me.bench.workloads import Case, variants_of
 from spark_me.errors import UserError
 from spark_me.files import atomic_write, check_output, write_json
 
@@ -32,14 +32,14 @@ def bench(
     """Refuse what does not fit, before anything is measured; measure, print, write.
 
     Args:
-        case, scope, backends: what is measured; both is all scopes.
+        case, scope, backends: what is measured; both is encoder and step.
         json_file: where all figures go; of a sweep anew after each value: one that breaks off leaves its beginning.
         compiled: on a GPU, run the dense backends compiled too; on a CPU that is slower, and they never are.
         largest_batch: search for the largest batch that fits into the GPU, and time nothing.
         sweep, values, plot: go through values (None: the usual ones) of a key of `SWEEPS`, and draw it.
         options: `runs`, `warmup`, `memory` of `measure`.
     """
-    scopes = tuple(SCOPES) if scope == "both" else (scope,)
+    scopes = ("encoder", "step") if scope == "both" else (scope,)
     variants = variants_of(backends, compiled=compiled and case.device == "cuda")
     cases = cases_of(case, sweep, values) if sweep else [case]
     for each in cases:

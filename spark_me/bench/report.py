@@ -80,7 +80,7 @@ def _scope_lines(case: Record, result: Record) -> list[str]:
         lines.append("*: the fastest of its backend, which the others are compared with")
     lines += [f"{name}: {reason}" for name, reason in result["left_out"].items()]
     if floor := result["floor_seconds"]:
-        unreachable = "; no step reaches it, as its decoder is dense by the method" * (result["scope"] == "step")
+        unreachable = "; no step reaches it, as its decoder is dense by the method" * (result["scope"] != "encoder")
         lines.append(f"floor: {floor:.4f} s, the dense time × the visible share{unreachable}")
     if tables := result["tables"]:
         seconds, share = tables["seconds"], tables["share"]
@@ -166,17 +166,24 @@ def _read(file: Path) -> Record:
     return record
 
 
+WORK = {
+    "encoder": "forward and backward",
+    "step": "forward and backward",
+    "training": "forward and backward, clipping and LAMB",
+}
+
+
 def _markdown(records: Sequence[Record]) -> str:
     lines = list(dict.fromkeys(_machine(record["machine"]) for record in records))
     notes = [""]
-    for scope in ("encoder", "step"):
+    for scope, what in WORK.items():
         rows = []
         for case, result in [(each["case"], result) for each in records for result in each.get("scopes", ())]:
             if result["scope"] == scope:
                 rows += [_time_cells(case, scope, row) for row in fastest_rows(result).values()]
                 where = f"{case['encoder']}, {case['dtype']}, {scope}"
                 notes += [f"- {where}, {name}: {reason}" for name, reason in result["left_out"].items()]
-        lines += _markdown_table(f"{scope}, forward and backward", rows)
+        lines += _markdown_table(f"{scope}, {what}", rows)
     rows = [
         _loading_facts(record["case"]) | _loading_cells(row)
         for record in records

@@ -15,6 +15,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 import spark_me
 from spark_me import masking, sparse
+from spark_me.config.training import OptimConfig
 from spark_me.decoder import DECODERS, ConvNeXtDecoder, Decoder
 from spark_me.dense import strip
 from spark_me.devices import float32_products
@@ -23,6 +24,7 @@ from spark_me.errors import UserError
 from spark_me.masked_dense import MaskedDense
 from spark_me.networks import dense_network, patch_size_of
 from spark_me.trace import Trace, graph_of_maps, normalises_by_layer, trace
+from spark_me.train.schedules import build_optimizer
 
 DTYPES = ("float32", "tf32", "bfloat16", "float16")
 """Precision of the computation, with parameters in float32: tf32 on GPUs alone, the last two by autocast."""
@@ -79,7 +81,7 @@ class Case:
             raise UserError(f"--mask-ratio {self.mask_ratio:g} is no share of patches: choose one from 0 to below 1")
         if self.batch * self.visible_patches < 2:
             raise UserError("batch norm needs two values, not one visible patch: raise --batch or --image-size")
-        if "step" in scopes:
+        if scopes != ("encoder",):
             if self.mask_ratio == 0:
                 raise UserError("mask ratio 0 hides no patch to reconstruct: use --scope encoder, or a larger ratio")
             with torch.device("meta"):  # refuses a width that does not fit
@@ -204,7 +206,28 @@ def step_pass(case: Case, backend: str) -> tuple[nn.Module, Work]:
     return model, _forward_backward(case, model)
 
 
-SCOPES: dict[str, Callable[[Case, str], tuple[nn.Module, Work]]] = {"encoder": encoder_pass, "step": step_pass}
+def training_pass(case: Case, backend: str) -> tuple[nn.Module, Work]:
+    """A whole training step: the pretraining step, its gradient clipped, and LAMB, as the default configuration has it.
+
+    At a learning rate of 0, which costs the same and leaves the weights as they are.
+    """
+    model, forward_backward = step_pass(case, backend)
+    optim = OptimConfig()
+    optimizer = build_optimizer(model, optim)
+
+    def work(images: Tensor, visible: Tensor) -> None:
+        forward_backward(images, visible)
+        nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm or math.inf)
+        optimizer.step()
+
+    return model, work
+
+
+SCOPES: dict[str, Callable[[Case, str], tuple[nn.Module, Work]]] = {
+    "encoder": encoder_pass,
+    "step": step_pass,
+    "training": training_pass,
+}
 """How much of training is measured: from a case and a backend, a model and what is timed of it."""
 
 

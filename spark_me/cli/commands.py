@@ -14,8 +14,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand to those of `spark-me`."""
     parser = commands.add_parser("bench", help="time and memory of sparse against dense, side by side")
     add = parser.add_argument
-    add("--scope", choices=("encoder", "step", "both", "data"),
-        help="default: both; for a sweep or --largest-batch encoder; data: how fast images are loaded")  # fmt: skip
+    add("--scope", choices=("encoder", "step", "both", "training", "data"),
+        help="default: both, encoder and step; for a sweep or --largest-batch encoder; training: the step with its "
+        "optimizer; data: how fast images are loaded")  # fmt: skip
     add("--encoder", default="resnet50")
     add("--batch", type=int, default=8)
     add("--image-size", type=int, nargs="+", default=[224], metavar="PIXELS", help="side of a square, or H W")
