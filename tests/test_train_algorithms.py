@@ -132,7 +132,8 @@ def test_a_checkpoint_brings_them_back_on_such_a_machine_alone(caplog):
     other.machine["device"] = "another"
     with caplog.at_level(logging.WARNING):
         same.restore(first.entry())
-        Algorithms(CPU, None).restore({})  # of an earlier version
+        for entry in (None, {}, [], {"times": 3}, {"machine": same.machine}):  # of an earlier version, or damaged
+            Algorithms(CPU, None).restore(entry)
         assert not caplog.records
         other.restore(first.entry())
     assert same.find(OPERATION, NAMES, never) == TIMES and not other.times

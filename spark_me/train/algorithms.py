@@ -59,11 +59,14 @@ class Algorithms:
             times = of_process | times
         return {"machine": self.machine, "times": times}
 
-    def restore(self, entry: dict[str, Any]) -> None:
+    def restore(self, entry: Any) -> None:
         """Bring that back, if it is of such a machine; else the run goes on in what is fastest here."""
+        times = entry.get("times") if isinstance(entry, dict) else None
+        if not isinstance(times, dict):  # of an earlier version, or damaged: measured anew
+            return
         if entry.get("machine") == self.machine:
-            self.times = dict(entry["times"])
-        elif entry.get("times"):
+            self.times = dict(times)
+        elif times:
             _log.warning(
                 "the algorithms of this checkpoint were measured on another GPU or by other versions: they are "
                 "measured anew, and the run goes on within rounding of what it would have been"

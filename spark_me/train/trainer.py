@@ -146,7 +146,7 @@ class Trainer:
                     "restore them, or choose another run.dir"
                 )
             restore(self.state, content, path)
-            self.algorithms.restore(content.get("algorithms", {}))
+            self.algorithms.restore(content.get("algorithms"))
             self.task.restore(content, path)
         return str(path)
 
