@@ -23,7 +23,6 @@ from spark_me.engine.source import cache_dir
 from spark_me.errors import UserError, first_line
 from spark_me.files import atomic_write
 from spark_me.sparse.kernels.autotune import CHOICES, Operation, Times
-from spark_me.train import distributed
 
 PATIENCE = timedelta(minutes=2)
 """How long a process waits for another one's times, before it measures them itself: processes whose images have
@@ -53,11 +52,8 @@ class Algorithms:
             yield
 
     def entry(self) -> dict[str, Any]:
-        """What a checkpoint holds: the times that any process has. Every process calls it."""
-        times: dict[str, Times] = {}
-        for of_process in distributed.all_gather([self.times]):
-            times = of_process | times
-        return {"machine": self.machine, "times": times}
+        """What a checkpoint holds: the times of this process. Those that another one alone needs are kept there."""
+        return {"machine": self.machine, "times": dict(self.times)}
 
     def restore(self, entry: Any) -> None:
         """Bring that back, if it is of such a machine; else the run goes on in what is fastest here."""

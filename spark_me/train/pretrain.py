@@ -22,6 +22,7 @@ from spark_me.masking import count_visible, draw_visible_of_samples
 from spark_me.spark import SparK
 from spark_me.sparse import VisiblePatches, convert_sync_batchnorm
 from spark_me.train import distributed
+from spark_me.train.algorithms import Algorithms
 from spark_me.train.checkpoint import BEST, PRETRAIN, list_checkpoints
 from spark_me.train.distributed import device_of_process, note_unreadable
 from spark_me.train.logs import (
@@ -110,6 +111,7 @@ class Pretraining:
         self.model = _build_model(config.model, train, seed, device)
         _require_two_values(self.model, train)
         self.normalise = Normalise(data, config.model.in_channels, device)
+        self.algorithms = Algorithms(device, distributed.common_store())
         self.held_out = held_out_dataset(files.held_out, data, config.model, seed)
 
     def batches(self, share: Share, most_unreadable: int) -> Iterable[Batch]:
@@ -175,10 +177,10 @@ class Pretraining:
             draw_reconstruction(self.model, subjects, data, run.picture, encoder=encoder, step=step, seed=seed)
 
     def entries(self) -> dict[str, Any]:
-        return {}
+        return {"algorithms": self.algorithms.entry()}
 
     def restore(self, content: dict[str, Any], path: Path) -> None:
-        """There are no entries of its own."""
+        self.algorithms.restore(content.get("algorithms"))
 
 
 def graph_obstacle(config: PretrainConfig, device: torch.device) -> str:
@@ -287,4 +289,5 @@ def _pretrain(config: PretrainConfig, run: RunDirectory) -> None:
     resumed_from = trainer.resume()
     if resumed_from is None and config.model.init_from is not None:
         load_initial_weights(config.model.init_from, task.model, run)
-    trainer.run_to_end(partial(say_beginning, task), partial(say_end, task), resumed_from)
+    with task.algorithms.used():
+        trainer.run_to_end(partial(say_beginning, task), partial(say_end, task), resumed_from)

@@ -22,7 +22,6 @@ from spark_me.data.unreadable import UnreadableFiles
 from spark_me.errors import UserError
 from spark_me.files import write_text
 from spark_me.train import distributed
-from spark_me.train.algorithms import Algorithms
 from spark_me.train.checkpoint import (
     CheckpointWriter,
     TrainState,
@@ -119,7 +118,6 @@ class Trainer:
         capturable = not task.graph_obstacle
         optimizer = build_optimizer(task.model, config.optim, task.lr_scale, capturable=capturable)
         self.state = TrainState(task.model, optimizer, self.precision.scaler)
-        self.algorithms = Algorithms(device, distributed.common_store())
         self.unreadable = UnreadableFiles(
             self.state.unreadable, task.files, config.data.max_unreadable, write=self._write_unreadable
         )
@@ -146,7 +144,6 @@ class Trainer:
                     "restore them, or choose another run.dir"
                 )
             restore(self.state, content, path)
-            self.algorithms.restore(content.get("algorithms"))
             self.task.restore(content, path)
         return str(path)
 
@@ -205,8 +202,7 @@ class Trainer:
         stop_request = StopRequest(answer=distributed.is_main())
         try:
             with self._reports(), self.precision.products(), stop_request as stop, named_failures(), self.writer:
-                with self.algorithms.used():
-                    complete = self._take_steps(stop)
+                complete = self._take_steps(stop)
                 with distributed.raise_together():
                     self.writer.wait()
         except KeyboardInterrupt:
@@ -397,7 +393,6 @@ class Trainer:
         return value > best if self.task.best_is_highest else value < best
 
     def _save(self, *, best: bool = False) -> None:
-        algorithms = self.algorithms.entry()
         with distributed.raise_together():
             if distributed.is_main():
                 require_finite(self.state)
@@ -408,7 +403,7 @@ class Trainer:
                     batch_size=self.batch_size,
                     steps_per_epoch=self.task.steps_per_epoch,
                     data_fingerprint=self.task.data_fingerprint,
-                    entries=self.task.entries() | {"algorithms": algorithms},
+                    entries=self.task.entries(),
                 )
                 self.writer.save(content, best=best)
 
