@@ -49,7 +49,8 @@ class UnevenPretraining(Pretraining):
         generators = (torch.Generator().manual_seed(100 * self.epoch + index) for index in batch.indices)
         orders = [torch.randperm(4, generator=generator) for generator in generators]
         visible = torch.stack([order <= index % 3 for index, order in zip(batch.indices, orders)]).view(-1, 2, 2)
-        return Inputs((self.normalise(batch.images).to(self.dtype), visible), int((~visible).sum()))
+        (images, *patches), targets = super().inputs(batch._replace(visible=visible))
+        return Inputs((images.to(self.dtype), *patches), targets)
 
     def loss(self, model: nn.Module, *tensors: Tensor) -> Tensor:
         if self.frozen_norms:
