@@ -8,6 +8,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -57,6 +58,54 @@ def atomic_write(path: Path, *, alone: bool = True) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.replace(file.name, path)
         _sync_directory(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes `path`'s place only once the block has ended.
+
+    What killed processes left of the same folder is deleted.
+
+    Args:
+        path: an empty folder, or none yet.
+
+    Raises:
+        UserError: if the disk is full, the place not writable, or `path` filled by then; `path` is as before.
+    """
+    path = Path(os.path.realpath(path))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for entry in list(os.scandir(path.parent)):
+            match = TEMPORARY.fullmatch(entry.name)
+            if match and match["name"] == path.name and entry.is_dir(follow_symlinks=False):
+                with _locked_folder(Path(entry.path)) as own:
+                    if own:
+                        shutil.rmtree(entry.path, ignore_errors=True)
+        temporary = path.with_name(f".{secrets.token_hex(8)}.tmp.{path.name}")
+        temporary.mkdir()
+        try:
+            with _locked_folder(temporary):
+                yield temporary
+                os.rename(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_directory(path.parent)
+
+
+@contextmanager
+def _locked_folder(path: Path) -> Iterator[bool]:
+    """Whether its lock, which ends with the process, was free; held within the block."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody's, or a file system without locks, where nobody can tell
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def clear_leftovers(folder: Path, name: str | None = None) -> list[Path]:
