@@ -19,6 +19,8 @@ TRAIN = [
 ENGINE = ["pypi-simple>=1.5", "requests>=2.28", "ninja>=1.11", "setuptools>=61", "wheel>=0.40"]
 # scikit-image's wheel ships the photos of the demo, scikit-learn's the digits of the other one.
 DEMO = ["scikit-image>=0.22", "scikit-learn>=1.3"]
+# Packages that ship the images of `spark-me data fetch`. Not in `all`: 90 MB, and not for commercial use.
+EVIDENCE = ["elpv-dataset>=1.0", "scikit-image>=0.22"]
 # Using a trained model; probing and exporting it.
 INFERENCE = ["torchvision>=0.19", "Pillow>=10", "tqdm>=4.64", "PyYAML>=6"]
 PROBE = INFERENCE + ["scikit-learn>=1.3"]
@@ -53,6 +55,7 @@ setup(
         "train": TRAIN,
         "engine": ENGINE,
         "demo": TRAIN + DEMO,
+        "evidence": TRAIN + EVIDENCE,
         "inference": INFERENCE,
         "probe": PROBE,
         "export": EXPORT,

@@ -21,8 +21,8 @@ from spark_me.cli import _parser
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OPTIONAL = (
-    "PIL", "datasets", "matplotlib", "omegaconf", "onnx", "onnxruntime", "onnxscript", "safetensors", "sklearn",
-    "skimage", "tensorboard", "tifffile", "timm", "torchvision", "tqdm", "webdataset", "yaml",
+    "PIL", "datasets", "elpv_dataset", "matplotlib", "omegaconf", "onnx", "onnxruntime", "onnxscript", "safetensors",
+    "sklearn", "skimage", "tensorboard", "tifffile", "timm", "torchvision", "tqdm", "webdataset", "yaml",
 )  # fmt: skip
 """Modules of all packages that only optional groups of setup.py bring."""
 
@@ -199,6 +199,7 @@ def test_missing_packages_are_named_with_their_group(config: Path, tmp_path: Pat
         "data check": ["data", "check", str(config)],
         "data stats": ["data", "stats", str(config)],
         "data digits": ["data", "digits", str(tmp_path / "digits")],
+        "data fetch": ["data", "fetch", "texture", str(tmp_path / "texture")],
         "schedule": ["schedule", str(config)],
     }
     code = f"""
@@ -214,8 +215,9 @@ print(json.dumps(said))
 """
     said = json.loads(run_python(code).splitlines()[-1])
     groups = {"predict": "inference", "features": "inference", "probe": "probe", "export": "export"}
+    groups |= {"data digits": "demo", "data fetch": "evidence"}
     for name, (code, text) in said.items():
-        group = groups.get(name, "demo" if name == "data digits" else "train")
+        group = groups.get(name, "train")
         assert code == 2 and text.count("\n") == 1, (name, text)
         assert f'run `pip install -e ".[{group}]"` in the folder of spark_me\'s setup.py' in text, (name, text)
     # Converting needs torch alone.

