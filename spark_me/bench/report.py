@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spark_me.bench.sweep import medians_of, shares_of
 from spark_me.bench.timing import Record, fastest_rows
-from spark_me.bench.workloads import Variant
+from spark_me.bench.workloads import WORK, Variant
 from spark_me.errors import UserError
 from spark_me.tables import markdown_table, text_table
 
@@ -75,7 +75,7 @@ def _scope_lines(case: Record, result: Record) -> list[str]:
         }
         for row in result["rows"]
     ]
-    lines = ["", f"{_named(result['scope'], result['scope'], case)}, forward + backward", *_columns(rows)]
+    lines = ["", f"{_named(result['scope'], result['scope'], case)}, {WORK[result['scope']]}", *_columns(rows)]
     if any(row["baseline"] for row in result["rows"]):
         lines.append("*: the fastest of its backend, which the others are compared with")
     lines += [f"{name}: {reason}" for name, reason in result["left_out"].items()]
@@ -122,7 +122,7 @@ def _sweep_lines(record: Record) -> list[str]:
             for place, (value, share) in enumerate(zip(record["values"], shares))
         ]
         title = _named(scope, scope, record["reports"][0]["case"])
-        lines += ["", f"{title}, forward + backward, median seconds", *_columns(rows)]
+        lines += ["", f"{title}, {WORK[scope]}, median seconds", *_columns(rows)]
         if line := record["native_lines"][scope]:
             text = f"native: {line['intercept']:.4f} s + {line['slope']:.4f} s × visible share"
             text += f", at most {line['deviation']:.1%} off it"
@@ -166,13 +166,6 @@ def _read(file: Path) -> Record:
     return record
 
 
-WORK = {
-    "encoder": "forward and backward",
-    "step": "forward and backward",
-    "training": "forward and backward, clipping and LAMB",
-}
-
-
 def _markdown(records: Sequence[Record]) -> str:
     lines = list(dict.fromkeys(_machine(record["machine"]) for record in records))
     notes = [""]
@@ -183,7 +176,7 @@ def _markdown(records: Sequence[Record]) -> str:
                 rows += [_time_cells(case, scope, row) for row in fastest_rows(result).values()]
                 where = f"{case['encoder']}, {case['dtype']}, {scope}"
                 notes += [f"- {where}, {name}: {reason}" for name, reason in result["left_out"].items()]
-        lines += _markdown_table(f"{scope}, {what}", rows)
+        lines += _markdown_table(f"{scope}, {what.replace('+', 'and')}", rows)
     rows = [
         _loading_facts(record["case"]) | _loading_cells(row)
         for record in records

@@ -20,7 +20,7 @@ from spark_me.bench.timing import (
     measure,
     release_memory,
 )
-from spark_me.bench.workloads import Case, Variant, Workload
+from spark_me.bench.workloads import WORK, Case, Variant, Workload
 from spark_me.errors import EngineError, UserError
 
 SWEEPS: dict[str, tuple[float, ...]] = {
@@ -108,7 +108,7 @@ def draw_sweep(record: Record, file: BinaryIO) -> None:
             ends = [min(x), max(x)]
             label = f"straight line through native (±{line['deviation']:.0%})"
             axes.plot(ends, [line["intercept"] + line["slope"] * end for end in ends], "k--", linewidth=1, label=label)
-        axes.set(title=f"{scope}, forward + backward", xlabel=_AXIS[record["name"]], ylabel="seconds")
+        axes.set(title=f"{scope}, {WORK[scope]}", xlabel=_AXIS[record["name"]], ylabel="seconds")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()

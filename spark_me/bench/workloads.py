@@ -231,6 +231,13 @@ SCOPES: dict[str, Callable[[Case, str], tuple[nn.Module, Work]]] = {
 """How much of training is measured: from a case and a backend, a model and what is timed of it."""
 
 
+WORK = {
+    "encoder": "forward + backward",
+    "step": "forward + backward",
+    "training": "forward + backward, clipping + LAMB",
+}
+
+
 def _forward_backward(case: Case, loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
     def work(images: Tensor, visible: Tensor) -> None:
         with case.autocast():
