@@ -19,6 +19,7 @@ from typing import NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from spark_me.data.reading import pillow_formats
 from spark_me.data.shards import READING_ERRORS, Archive, Member, open_stream
 from spark_me.data.unreadable import reason_of
 from spark_me.errors import UserError, install_text, printable, shown
@@ -277,7 +278,7 @@ def _texture(_: Path | None) -> Parts:
     parts: Parts = {"train": [], "val": []}
     for file in PHOTOS:
         try:
-            with Image.open(io.BytesIO(_read(folder / file))) as photo:
+            with Image.open(io.BytesIO(_read(folder / file)), formats=pillow_formats()) as photo:
                 photo.load()
         except OSError:
             raise UserError(f"{folder / file}: is no whole image: install scikit-image again") from None
