@@ -249,11 +249,12 @@ class _TileConvolution(torch.autograd.Function):
 class _PairConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, pairs: list[Pairs], out_rows: int, groups: int) -> Tensor:
+        weight = weight.to(rows.dtype)
         ctx.save_for_backward(rows, weight)
         ctx.pairs, ctx.groups = pairs, groups
         out = rows.new_zeros(out_rows, len(weight))
         for offset, inputs, outputs in ctx.pairs:
-            out.index_add_(0, outputs, multiply(rows.index_select(0, inputs), _matrix(weight, offset, rows), groups))
+            out.index_add_(0, outputs, multiply(rows.index_select(0, inputs), _matrix(weight, offset), groups))
         return out
 
     @staticmethod
@@ -261,21 +262,21 @@ class _PairConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad_rows = torch.zeros_like(rows) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=rows.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for offset, inputs, outputs in ctx.pairs:
             grad_outputs = gradient.index_select(0, outputs)
             if grad_rows is not None:
-                products = multiply_transposed(grad_outputs, _matrix(weight, offset, rows), ctx.groups)
+                products = multiply_transposed(grad_outputs, _matrix(weight, offset), ctx.groups)
                 grad_rows.index_add_(0, inputs, products)
             if grad_weight is not None:
                 own = rows.index_select(0, inputs)
-                multiply_rows(grad_outputs, own, ctx.groups, out=_matrix(grad_weight, offset, rows))
+                multiply_rows(grad_outputs, own, ctx.groups, out=_matrix(grad_weight, offset))
         return grad_rows, grad_weight, None, None, None
 
 
-def _matrix(weight: Tensor, offset: Pair, rows: Tensor) -> Tensor:
-    """Of one kernel offset (down, across): [Cout, Cin/groups], a view where the rows have the weight's dtype."""
-    return weight[:, :, offset[0], offset[1]].to(rows.dtype)
+def _matrix(weight: Tensor, offset: Pair) -> Tensor:
+    """Of one kernel offset (down, across): a view [Cout, Cin/groups]."""
+    return weight[:, :, offset[0], offset[1]]
 
 
 class _TilePool(torch.autograd.Function):
